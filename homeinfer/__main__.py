@@ -1,0 +1,5 @@
+"""`python -m homeinfer`."""
+
+from homeinfer.cli.main import main
+
+main()

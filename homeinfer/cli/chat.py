@@ -1,0 +1,108 @@
+"""`homeinfer chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated
+
+import typer
+
+from homeinfer.chat.session import Session
+from homeinfer.chat.template import ChatTemplate
+from homeinfer.cli import ui
+from homeinfer.cli.opening import (
+    ContextOption,
+    GpuOption,
+    ModelArgument,
+    RingOption,
+    StreamOption,
+    ThreadsOption,
+    opened,
+)
+from homeinfer.cli.run import path_or_default
+from homeinfer.cli.sampling_options import (
+    FrequencyOption,
+    GrammarOption,
+    MinPOption,
+    PresenceOption,
+    RepeatLastOption,
+    RepeatOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    grammar_text,
+)
+from homeinfer.cluster.local import RingOptions
+from homeinfer.engine.pipeline import Pipeline
+from homeinfer.engine.sampling import Sampler, Sampling
+
+
+def chat(
+    model: ModelArgument = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="How the model is to behave.")] = None,
+    n_predict: Annotated[
+        int, typer.Option("-n", min=-1, help="Most tokens of an answer; -1: until the model ends.")
+    ] = -1,
+    temp: TemperatureOption = 0.8,
+    seed: SeedOption = None,
+    top_k: TopKOption = 40,
+    top_p: TopPOption = 0.95,
+    min_p: MinPOption = 0.05,
+    repeat_penalty: RepeatOption = 1.0,
+    repeat_last_n: RepeatLastOption = 64,
+    frequency_penalty: FrequencyOption = 0.0,
+    presence_penalty: PresenceOption = 0.0,
+    grammar: GrammarOption = None,
+    local_ring: RingOption = 1,
+    ctx: ContextOption = 0,
+    threads: ThreadsOption = 0,
+    gpu_layers: GpuOption = 0,
+    stream: StreamOption = False,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves, /help shows the commands.
+
+    Where standard input is no terminal, each of its lines is a message and only the answers go to standard output.
+
+    Examples:
+
+      homeinfer chat
+
+      homeinfer chat model.gguf --local-ring 3 -s "Answer in French."
+
+      printf 'What is the capital of France?\\n' | homeinfer chat model.gguf --temp 0
+    """
+    sampling = Sampling(
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=secrets.randbits(32) if seed is None else seed,
+        grammar=grammar_text(grammar),
+    )
+    options = RingOptions(
+        devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream
+    )
+    with opened(model, options) as ready:
+        from homeinfer.chat.terminal import talk  # a quarter of the start of every other command
+
+        Sampler(sampling, ready.tokenizer).close()  # what is wrong with a grammar is said now
+        template = ChatTemplate(ready.header, ready.tokenizer)
+        name = path_or_default(model)
+        session = Session(name, template, ready.generator, sampling, limit=n_predict, system=system)
+        talk(session, ui.notes, banner(name, ready.generator.pipeline, template))
+
+
+def banner(name: str, pipeline: Pipeline, template: ChatTemplate) -> str:
+    """The chat's first lines."""
+    devices = pipeline.devices
+    layers = sum(last - first for device in devices for first, last in device.windows)
+    where = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
+    lines = [f"{name}: {layers} layers on {where}, context of {pipeline.n_ctx:,} tokens"]
+    if not template.is_own:
+        lines.append("The file holds no chat template, so it may be no chat model; it is asked in ChatML.")
+    return "\n".join([*lines, "/help for commands, Ctrl-D leaves"])

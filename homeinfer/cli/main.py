@@ -1,0 +1,63 @@
+"""The `homeinfer` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from homeinfer import __version__
+from homeinfer.cli.chat import chat
+from homeinfer.cli.model import model
+from homeinfer.cli.quantize import quantize
+from homeinfer.cli.run import run
+from homeinfer.errors import HomeinferError
+
+app = typer.Typer(
+    name="homeinfer",
+    help="Runs language models too big for any one machine at home on all of them together.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (chat, run, quantize, model):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"homeinfer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Runs language models too big for any one machine at home on all of them together."""
+
+
+def main() -> NoReturn:
+    """Entry point: exit code 0, 1 with one line on standard error, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        app()
+    except HomeinferError as problem:
+        line = " ".join(str(problem).split())
+        print(f"homeinfer: {line}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # whoever read our output has left; keep Python from complaining about the same once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

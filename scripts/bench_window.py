@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""How fast layer windows and a ring of three are, against llama.cpp in the same run.
+
+    scripts/bench_window.py MODEL.gguf [--threads 2] [--rounds 8] [--tokens 24] [--prompt 512]
+
+Four contenders, each in a process of its own, take turns (A B C D, A B C D, …) after a warm-up: llama.cpp through
+llama-cpp-python's low-level calls; LayerWindow over all layers; three windows in one process; a ring of three
+devices on this machine. Prints one JSON object; times are medians, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from homeinfer.cluster.local import RingOptions, plan_windows, start_local_ring, window_specs
+from homeinfer.engine import runtime
+from homeinfer.engine.pipeline import Batch, Floats, Remove
+from homeinfer.model.header import read_header
+
+N_CTX = 1024
+N_BATCH = 512
+
+
+class Contender(Protocol):
+    def forward(self, batch: Batch) -> Floats: ...
+    def clear(self) -> None: ...
+
+
+class PlainLlama:
+    """llama.cpp as its own users run it: default loading and OpenMP settings, llama_decode, the last row's logits."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        from llama_cpp import llama_cpp as lib
+
+        self._lib = lib
+        lib.llama_log_set(_SILENT, None)
+        lib.llama_backend_init()
+        self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = N_CTX, N_BATCH, N_BATCH
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = 0
+        self._context = lib.llama_init_from_model(self._model, params)
+        self._n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+
+    def forward(self, batch: Batch) -> Floats:
+        import ctypes
+
+        tokens = np.ascontiguousarray(batch.tokens)
+        pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(pointer, len(tokens)))
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(logits, (self._n_vocab,)).copy()[None]
+
+    def clear(self) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+
+class Windows:
+    """LayerWindows in this process, one after the other."""
+
+    def __init__(self, model: str, threads: int, count: int) -> None:
+        from homeinfer.engine.window import LayerWindow
+
+        header = read_header(model)
+        options = RingOptions(devices=count, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads)
+        self._windows = [LayerWindow(s) for s in window_specs(header, plan_windows(header, options), options)]
+
+    def forward(self, batch: Batch) -> Floats:
+        rows: Any = batch.tokens
+        for window in self._windows:
+            rows = window.forward(rows, batch.positions, batch.sequences, batch.wanted)
+        return rows  # type: ignore[no-any-return]
+
+    def clear(self) -> None:
+        for window in self._windows:
+            window.edit([Remove(0)])
+
+
+class Ring:
+    """Three devices, each a process, and this one as their head."""
+
+    def __init__(self, model: str, threads: int) -> None:
+        options = RingOptions(devices=3, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads)
+        self._pipeline = start_local_ring(read_header(model), options)
+        self.forward = self._pipeline.forward
+
+    def clear(self) -> None:
+        self._pipeline.edit([Remove(0)])
+
+    def spent(self) -> list[tuple[float, float]]:
+        return [(s.computing / 1e3, s.holding / 1e3) for s in self._pipeline.spent]
+
+
+def silent(_level: int, _text: bytes, _user: object) -> None:
+    """llama.cpp's log, dropped."""
+
+
+_SILENT: Any = None
+
+CONTENDERS: dict[str, Callable[[str, int], Any]] = {
+    "llama_cpp": PlainLlama,
+    "layerwindow": lambda model, threads: Windows(model, threads, 1),
+    "three_windows": lambda model, threads: Windows(model, threads, 3),
+    "ring3": Ring,
+}
+
+
+def work(name: str, model: str, threads: int, link: Connection) -> None:
+    """A contender's process: load, say so, then run one block per request until told to leave."""
+    if name == "llama_cpp":
+        from llama_cpp import llama_log_callback
+
+        global _SILENT
+        _SILENT = llama_log_callback(silent)
+    else:
+        runtime.prepare_environment()
+    contender = CONTENDERS[name](model, threads)
+    link.send("ready")
+    while (request := link.recv()) is not None:
+        link.send(block(contender, *request))
+    if isinstance(contender, Ring):
+        contender._pipeline.close()
+
+
+def block(contender: Any, prompt: int, tokens: int) -> dict[str, Any]:
+    """One prefill and some decode steps; per-step times in ms, and what the ring's devices spent."""
+    ids = np.random.default_rng(0).integers(100, 20_000, prompt + tokens).tolist()
+    contender.clear()
+    begin = time.perf_counter()
+    contender.forward(Batch.of(ids[:prompt], 0))
+    prefill = (time.perf_counter() - begin) * 1e3
+    steps, spent = [], []
+    for i in range(tokens):
+        begin = time.perf_counter()
+        contender.forward(Batch.of([ids[prompt + i]], prompt + i))
+        steps.append((time.perf_counter() - begin) * 1e3)
+        if isinstance(contender, Ring):
+            spent.append(contender.spent())
+    return {"prefill": prefill, "steps": steps, "spent": spent}
+
+
+def measure(model: str, threads: int, rounds: int, prompt: int, tokens: int) -> dict[str, list[dict[str, Any]]]:
+    """Blocks of all contenders in turn; the first round only warms up."""
+    spawn = multiprocessing.get_context("spawn")
+    links, processes = {}, []
+    for name in CONTENDERS:
+        mine, theirs = spawn.Pipe()
+        process = spawn.Process(target=work, args=(name, model, threads, theirs))
+        process.start()
+        theirs.close()
+        if mine.recv() != "ready":
+            raise SystemExit(f"{name} did not come up")
+        links[name] = mine
+        processes.append(process)
+    blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for turn in range(rounds + 1):
+        for name, link in links.items():
+            time.sleep(0.05)  # the threads of the one before have gone to sleep
+            link.send((prompt, tokens))
+            answer = link.recv()
+            if turn:
+                blocks[name].append(answer)
+    for link in links.values():
+        link.send(None)
+    for process in processes:
+        process.join()
+    return blocks
+
+
+def summary(blocks: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, Any]:
+    """Medians and their ratios; ratios are medians over rounds of the ratio within a round."""
+    decode = {name: [statistics.median(b["steps"]) for b in bs] for name, bs in blocks.items()}
+    prefill = {name: [b["prefill"] for b in bs] for name, bs in blocks.items()}
+
+    def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
+        return round(statistics.median(a / b for a, b in zip(times[over], times[under], strict=True)), 4)
+
+    steps = [(t, s) for b in blocks["ring3"] for t, s in zip(b["steps"], b["spent"], strict=True)]
+    hops = len(steps[0][1])
+    outside = [(t - sum(c for c, _ in s)) / hops for t, s in steps]
+    device = [sum(h - c for c, h in s) / hops for _, s in steps]
+    return {
+        "layerwindow_decode_ratio": ratio(decode, "llama_cpp", "layerwindow"),
+        "layerwindow_prefill_ratio": ratio(prefill, "llama_cpp", "layerwindow"),
+        "three_windows_tpot_ratio": ratio(decode, "three_windows", "llama_cpp"),
+        "ring3_tpot_ratio": ratio(decode, "ring3", "llama_cpp"),
+        "ring3_over_layerwindow_tpot_ratio": ratio(decode, "ring3", "layerwindow"),
+        "ring3_prefill_ratio": ratio(prefill, "llama_cpp", "ring3"),
+        "hop_overhead_ms": round(statistics.median(outside), 4),
+        "hop_overhead_by_cause_ms": {
+            "device: python and copying": round(statistics.median(device), 4),
+            "head, zeromq and waking up": round(
+                statistics.median(o - d for o, d in zip(outside, device, strict=True)), 4
+            ),
+        },
+        "tpot_ms": {name: round(statistics.median(v), 3) for name, v in decode.items()},
+        "prefill_tokens_per_s": {name: round(1e3 * prompt / statistics.median(v), 1) for name, v in prefill.items()},
+        "ring3_computing_ms": round(statistics.median(sum(c for c, _ in s) for _, s in steps), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--prompt", type=int, default=512)
+    a = parser.parse_args()
+    blocks = measure(a.model, a.threads, a.rounds, a.prompt, a.tokens)
+    said = {
+        "model": Path(a.model).name,
+        "bytes": Path(a.model).stat().st_size,
+        "threads": a.threads,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "rounds": a.rounds,
+        "tokens": a.tokens,
+        "prompt": a.prompt,
+    }
+    print(json.dumps({**summary(blocks, a.prompt), **said}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
