@@ -47,8 +47,8 @@ COMMANDS = (
 )
 
 _KEYS = """\
-Enter sends. Alt-Enter, Ctrl-J or a backslash at the end of the line begins a new line.
-Ctrl-C stops an answer. A message that begins with a slash: put a space before it."""
+Enter sends. Alt-Enter, Ctrl-J, or a backslash before Enter begins a new line.
+Ctrl-C stops an answer. Put a space before a message that begins with a slash."""
 
 _NAMES = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
 
@@ -127,7 +127,7 @@ def stats_text(session: Session) -> str:
         ("context", f"{stats.context_used:,} of {stats.n_ctx:,} tokens"),
     ]
     for device in stats.devices:
-        layers = ", ".join(f"{first}–{last - 1}" for first, last in device.windows)
+        layers = ", ".join(f"{a}–{b - 1}" if b - a > 1 else f"{a}" for a, b in device.windows)
         rows.append((device.name, f"layers {layers}"))
     return _columns(rows)
 

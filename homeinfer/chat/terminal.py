@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
 import platformdirs
 from prompt_toolkit import PromptSession
@@ -106,7 +105,7 @@ def talk(session: Session, notes: Console, greeting: str) -> None:
     screen = Screen(notes)
     screen.note(greeting)
     try:
-        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        if has_keys():
             _talk_with_keys(session, screen)
         else:
             _talk_in_lines(session, screen)
@@ -123,7 +122,7 @@ def _talk_with_keys(session: Session, screen: Screen) -> None:
     while True:
         try:
             text = prompt.prompt()
-            with _keys_held_back(sys.stdin), Interrupts() as interrupts:
+            with Interrupts() as interrupts:
                 if respond(text, session, screen, interrupts.stopped):
                     return
         except EOFError:
@@ -213,26 +212,37 @@ def _rescue(session: Session) -> str:
     return f"what was said is saved: /load {path}"
 
 
+def has_keys() -> bool:
+    """Whether a person at a terminal is on both ends."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
 @contextlib.contextmanager
-def _keys_held_back(stdin: TextIO) -> Iterator[None]:
-    """What is typed meanwhile stays off the screen and is the next prompt's, Enter as Enter. When there is
-    none, after an error, it is dropped: a message must not become a command of the shell."""
+def keys_held_back() -> Iterator[None]:
+    """What is typed while a model loads or answers stays off the screen and is the next prompt's, Enter as
+    Enter. When an error leaves no next prompt it is dropped: a message must not become a command of the shell.
+    """
     try:
         import termios
     except ImportError:  # Windows, whose console does so by itself
         yield
         return
-    before = termios.tcgetattr(stdin.fileno())
-    held = termios.tcgetattr(stdin.fileno())
+    if not has_keys():
+        yield
+        return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    held = before.copy()
     held[0] &= ~termios.ICRNL
     held[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(stdin.fileno(), termios.TCSANOW, held)
+    termios.tcsetattr(keyboard, termios.TCSANOW, held)
     when = termios.TCSAFLUSH
     try:
         yield
         when = termios.TCSANOW
     finally:
-        termios.tcsetattr(stdin.fileno(), when, before)
+        with contextlib.suppress(termios.error):  # a terminal that has gone
+            termios.tcsetattr(keyboard, when, before)
 
 
 def status_text(session: Session) -> str:

@@ -84,12 +84,10 @@ def chat(
         seed=secrets.randbits(32) if seed is None else seed,
         grammar=grammar_text(grammar),
     )
-    options = RingOptions(
-        devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream
-    )
-    with opened(model, options) as ready:
-        from homeinfer.chat.terminal import talk  # a quarter of the start of every other command
+    options = RingOptions(devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream)
+    from homeinfer.chat.terminal import keys_held_back, talk  # a quarter of the start of every other command
 
+    with keys_held_back(), opened(model, options) as ready:
         Sampler(sampling, ready.tokenizer).close()  # what is wrong with a grammar is said now
         template = ChatTemplate(ready.header, ready.tokenizer)
         name = path_or_default(model)
@@ -102,7 +100,7 @@ def banner(name: str, pipeline: Pipeline, template: ChatTemplate) -> str:
     devices = pipeline.devices
     layers = sum(last - first for device in devices for first, last in device.windows)
     where = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
-    lines = [f"{name}: {layers} layers on {where}, context of {pipeline.n_ctx:,} tokens"]
+    lines = [f"{name}: {layers} layers on {where}, context {pipeline.n_ctx:,}"]
     if not template.is_own:
         lines.append("The file holds no chat template, so it may be no chat model; it is asked in ChatML.")
     return "\n".join([*lines, "/help for commands, Ctrl-D leaves"])

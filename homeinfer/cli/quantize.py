@@ -43,9 +43,7 @@ def quantize(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to write.")],
     recipe: Annotated[
         str,
-        typer.Option(
-            metavar="NAME", help=f"How small, in any case: {', '.join(RECIPES)}. --list-recipes says more."
-        ),
+        typer.Option(metavar="NAME", help=f"How small, in any case: {', '.join(RECIPES)}. --list-recipes says more."),
     ],
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Take a source that is quantized already; some quality is lost.")

@@ -62,7 +62,7 @@ def run(
     ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="How the model is to behave.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
-    n_predict: Annotated[int, typer.Option("-n", min=-1, help="Most tokens to write; -1: until the model ends, one context full at most.")] = -1,
+    n_predict: Annotated[int, typer.Option("-n", min=-1, help="Most tokens to write; -1: one context full.")] = -1,
     temp: TemperatureOption = 0.8,
     seed: SeedOption = None,
     top_k: TopKOption = 40,

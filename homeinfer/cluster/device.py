@@ -10,6 +10,7 @@ input closes: with the supervisor, however that ended.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -24,16 +25,15 @@ from homeinfer.cluster.engine_messages import (
     Beat,
     Failed,
     FromEngine,
-    Hop,
     Listening,
     Loading,
     Ready,
     Routes,
     Setup,
 )
-from homeinfer.cluster.wire.messages import Edits, Failure, Message, Payload, Spent, Step, Stop, decode, encode
-from homeinfer.cluster.wire.transport import Links
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.cluster.wire.messages import Edits, Failure, Message, Spent, Step, Stop, decode, encode
+from homeinfer.cluster.wire.transport import Links, send
+from homeinfer.engine.window import LayerWindow
 from homeinfer.errors import HomeinferError
 
 _FRAME_SLACK = 1 << 16
@@ -44,9 +44,8 @@ class Device:
 
     def __init__(self, setup: Setup, windows: list[LayerWindow], links: Links, routes: Routes) -> None:
         self._setup = setup
-        self._windows = windows
         self._links = links
-        self._hops = {hop.hop: hop for hop in routes.hops}
+        self._hops = {hop.hop: (windows[hop.window], links.sender(hop.next)) for hop in routes.hops}
 
     def run(self) -> None:
         """Serve until a Stop comes."""
@@ -56,50 +55,34 @@ class Device:
                 continue
             begin = time.perf_counter()
             try:
-                message, payload = decode(frames)
-                hop = self._hops[message.hop]
+                message, rows = decode(frames)
+                window, following = self._hops[message.hop]
             except (HomeinferError, KeyError):
                 continue  # nothing of this ring: nobody to tell
             if message.epoch != self._setup.epoch:
                 continue
-            self._links.send(hop.next, self._answer(message, payload, hop, begin))
+            send(following, self._answer(message, rows, window, begin))
             if isinstance(message, Stop):
                 return
 
-    def _answer(self, message: Message, payload: Payload | None, hop: Hop, begin: float) -> list[Any]:
-        onward: Message = msgspec.structs.replace(message, hop=message.hop + 1)
+    def _answer(self, message: Message, rows: Any, window: LayerWindow, begin: float) -> list[Any]:
         try:
-            match message:
-                case Step() if payload is not None:
-                    return self._step(message, payload, self._windows[hop.window], begin)
-                case Edits():
-                    self._windows[hop.window].edit(message.edits)
+            if isinstance(message, Step):
+                return self._step(message, rows, window, begin)
+            if isinstance(message, Edits):
+                window.edit(message.edits)
         except HomeinferError as problem:
-            failure = Failure(message.epoch, message.step, message.hop + 1, self._setup.name, str(problem))  # type: ignore[union-attr]
-            return encode(failure)
-        return encode(onward)
+            return encode(Failure(message.epoch, message.step, message.hop + 1, self._setup.name, str(problem)))
+        return encode(msgspec.structs.replace(message, hop=message.hop + 1))
 
-    def _step(self, message: Step, payload: Payload, window: LayerWindow, begin: float) -> list[Any]:
-        check_payload(payload, window.spec, window.n_embd)
-        rows = window.forward(payload.rows, payload.positions, payload.sequences, payload.wanted)
+    def _step(self, step: Step, rows: Any, window: LayerWindow, begin: float) -> list[Any]:
+        if step.width != (0 if window.takes_tokens else window.n_embd):
+            raise HomeinferError(f"rows of {step.width} numbers do not fit the window from layer {window.spec.first}")
+        out = window.forward_bytes(step.n, step.index, rows)
         spent = Spent(window.computing * 1e6, (time.perf_counter() - begin) * 1e6)
-        onward = Step(
-            message.epoch, message.step, message.hop + 1, message.n, rows.shape[1], spent=(*message.spent, spent)
+        return encode(
+            Step(step.epoch, step.step, step.hop + 1, step.n, window.width, step.index, spent=(*step.spent, spent)), out
         )
-        return encode(onward, Payload(payload.positions, payload.sequences, payload.wanted, rows))
-
-
-def check_payload(payload: Payload, spec: WindowSpec, n_embd: int) -> None:
-    """Refuse what llama.cpp would abort on. Raises HomeinferError."""
-    n = len(payload.positions)
-    rows = payload.rows
-    fits = rows.shape == ((n,) if spec.first == 0 else (n, n_embd))
-    if not 0 < n <= spec.n_batch or not fits:
-        raise HomeinferError(f"{rows.shape} values for {n} tokens do not fit the window from layer {spec.first}")
-    if payload.sequences.min() < 0 or payload.sequences.max() >= spec.n_seq:
-        raise HomeinferError(f"a sequence outside 0 to {spec.n_seq - 1}")
-    if payload.positions.min() < 0 or payload.positions.max() >= spec.n_ctx:
-        raise HomeinferError(f"a position outside the context of {spec.n_ctx}")
 
 
 class _Supervisor:
@@ -167,6 +150,7 @@ def serve(supervisor: _Supervisor) -> None:
     threading.Thread(target=supervisor.leave_with_it, args=(setup.listen,), daemon=True).start()
     threading.Thread(target=supervisor.beat, daemon=True).start()
     windows = load_windows(setup, supervisor)
+    gc.freeze()
     supervisor.say(Ready(windows[-1].n_vocab, all(w.can_shift for w in windows)))
     Device(setup, windows, links, routes).run()
     links.close()

@@ -16,7 +16,7 @@ import psutil
 
 from homeinfer.cluster.engine_messages import Hop, Routes, Setup
 from homeinfer.cluster.engine_process import EngineProcess
-from homeinfer.cluster.ring import RingPipeline, RingShape
+from homeinfer.cluster.ring import CHECK_MS, RingPipeline, RingShape
 from homeinfer.cluster.wire.transport import Keys, Links, Peer, has_ipc, new_keys
 from homeinfer.engine.embedding import embedding_source
 from homeinfer.engine.pipeline import DeviceInfo
@@ -130,7 +130,7 @@ class _Starter:
         self._folder = None if network or not has_ipc() else Path(tempfile.mkdtemp(prefix="homeinfer-"))
         self._keys = dict.fromkeys((*self._names, _HEAD), ("", "")) if self._folder else self._make_keys()
         self._engines: list[EngineProcess] = []
-        self._links = Links(self._listen(_HEAD), self._keys_of(_HEAD))
+        self._links = Links(self._listen(_HEAD), self._keys_of(_HEAD), patience_ms=CHECK_MS)
 
     def _make_keys(self) -> dict[str, tuple[str, str]]:
         return {name: new_keys() for name in (*self._names, _HEAD)}

@@ -11,20 +11,21 @@ import numpy as np
 from homeinfer.cluster.wire.messages import (
     Edits,
     Failure,
-    Payload,
+    Message,
     Spent,
     Step,
     Stop,
     decode,
     encode,
-    first_payload,
+    first_step,
     logits_of,
 )
-from homeinfer.cluster.wire.transport import Links, Peer
+from homeinfer.cluster.wire.transport import Links, Peer, send
 from homeinfer.engine.pipeline import Batch, DeviceInfo, Floats, KvEdit
 from homeinfer.errors import HomeinferError
 
-_CHECK_MS = 200
+CHECK_MS = 200
+"""How long the head waits before it looks whether all devices are still there."""
 
 
 class RingShape(msgspec.Struct, frozen=True):
@@ -50,6 +51,7 @@ class RingPipeline:
     def __init__(self, shape: RingShape, links: Links, check: Callable[[], None], on_close: Callable[[], None]) -> None:
         self._shape = shape
         self._links = links
+        self._first = links.sender(shape.first)
         self._check = check
         self._on_close = on_close
         self._step = 0
@@ -79,36 +81,32 @@ class RingPipeline:
 
     def forward(self, batch: Batch) -> Floats:
         """Once around the ring: float32 [wanted, n_vocab]. Raises HomeinferError when a device can't or is gone."""
-        n = len(batch.tokens)
         self._step += 1
-        step = Step(self._shape.epoch, self._step, hop=0, n=n, width=0)
-        self._links.send(self._shape.first, encode(step, first_payload(batch)))
-        payload = self._await(self._step)
-        if payload is None or payload.rows.shape != (int(np.count_nonzero(batch.wanted)), self.n_vocab):
-            raise HomeinferError("the last device sent back something other than the logits it was asked for")
-        return logits_of(payload)
+        send(self._first, first_step(self._shape.epoch, self._step, batch))
+        message, rows = self._await(self._step)
+        return logits_of(message, rows, int(np.count_nonzero(batch.wanted)), self.n_vocab)
 
     def edit(self, edits: Sequence[KvEdit]) -> None:
         """Once around the ring; returns when every window has done it. Raises HomeinferError."""
         self._step += 1
-        self._links.send(self._shape.first, encode(Edits(self._shape.epoch, self._step, 0, tuple(edits))))
+        send(self._first, encode(Edits(self._shape.epoch, self._step, 0, tuple(edits))))
         self._await(self._step)
 
-    def _await(self, step: int) -> Payload | None:
+    def _await(self, step: int) -> tuple[Message, memoryview]:
         """The answer to a step; what belongs to an earlier, interrupted one is dropped."""
         while True:
-            frames = self._links.receive(_CHECK_MS)
+            frames = self._links.receive()
             if frames is None:
                 self._check()
                 continue
-            message, payload = decode(frames)
+            message, rows = decode(frames)
             if message.epoch != self._shape.epoch or isinstance(message, Stop) or message.step != step:
                 continue
             if isinstance(message, Failure):
                 raise HomeinferError(f"{message.device}: {message.message}")
             if isinstance(message, Step):
                 self.spent = message.spent
-            return payload
+            return message, rows
 
     def close(self) -> None:
         """End the ring and its devices. Safe to call twice."""
@@ -116,6 +114,6 @@ class RingPipeline:
             return
         self._closed = True
         with contextlib.suppress(HomeinferError):
-            self._links.send(self._shape.first, encode(Stop(self._shape.epoch, 0)))
+            send(self._first, encode(Stop(self._shape.epoch, 0, 0)))
         self._on_close()
         self._links.close()

@@ -132,13 +132,14 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
-@functools.cache
-def to_float(type_id: int) -> Any:
-    """ggml's own dequantizer of a type: f(const void *x, float *y, int64 n_weights), or None for F32."""
+def llama_address(name: str) -> int:
+    """The address of a llama.cpp function in the loaded library."""
+    return ctypes.cast(getattr(llama()._lib, name), ctypes.c_void_p).value or 0
+
+
+def to_float_address(type_number: int) -> int:
+    """The address of ggml's own dequantizer of a type, f(const void *x, float *y, int64 n_weights), or 0 for F32."""
     get = ggml().ggml_get_type_traits
     get.restype = ctypes.POINTER(_TypeTraits)
     get.argtypes = (ctypes.c_int,)
-    pointer = get(type_id).contents.to_float
-    if not pointer:
-        return None
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(pointer)
+    return get(type_number).contents.to_float or 0

@@ -35,6 +35,10 @@ class Sampling(msgspec.Struct, frozen=True):
     grammar: str | None = None
 
 
+def _has_penalties(s: Sampling) -> bool:
+    return s.repeat_penalty != 1.0 or s.frequency_penalty != 0 or s.presence_penalty != 0
+
+
 class Sampler:
     """A chain of llama.cpp samplers over one vocabulary."""
 
@@ -42,6 +46,7 @@ class Sampler:
         """Raises HomeinferError for a grammar that llama.cpp can't read."""
         self._lib = runtime.llama()
         self._repeat_last_n = sampling.repeat_last_n
+        self._is_greedy = sampling.temperature == 0 and not _has_penalties(sampling)
         self._grammar: Any = self._make_grammar(sampling.grammar, tokenizer)
         self._chain: Any = self._make_chain(sampling)
         self._buffer = np.zeros(tokenizer.n_vocab, _CANDIDATE)
@@ -58,7 +63,7 @@ class Sampler:
     def _make_chain(self, s: Sampling) -> Any:
         lib = self._lib
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        if s.repeat_penalty != 1.0 or s.frequency_penalty or s.presence_penalty:
+        if _has_penalties(s):
             penalties = (s.repeat_last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(*penalties))
         if s.temperature == 0:
@@ -77,9 +82,10 @@ class Sampler:
         that are not numbers, or when the grammar allows no token."""
         if len(logits) != len(self._ids):
             raise HomeinferError(f"{len(logits)} logits for a vocabulary of {len(self._ids)} tokens")
-        if np.isnan(logits).any():
+        likeliest = int(logits.argmax())  # of any that is not a number, the first
+        if not np.isfinite(logits[likeliest]):
             raise HomeinferError("the model's output is not a number: the file may be damaged")
-        token = self._apply(logits, with_grammar=False)
+        token = likeliest if self._is_greedy else self._apply(logits, with_grammar=False)
         if self._grammar is not None and not self._grammar_allows(token):
             token = self._apply(logits, with_grammar=True)
             if not self._grammar_allows(token):

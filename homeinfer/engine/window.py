@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +11,11 @@ import numpy as np
 
 from homeinfer import _native
 from homeinfer.engine import runtime
-from homeinfer.engine.embedding import EmbeddingSource, EmbeddingTable
+from homeinfer.engine.embedding import EmbeddingSource, map_rows
 from homeinfer.engine.pipeline import Copy, Flags, Floats, Ints, Keep, KvEdit, Remove, Shift
 from homeinfer.errors import HomeinferError
 from homeinfer.model.cut_rules import OUTPUT_KEY
+from homeinfer.model.ggml_types import TYPE_NUMBERS
 
 if TYPE_CHECKING:
     from typing_extensions import CapsuleType
@@ -68,6 +67,7 @@ class LayerWindow:
         self._context: Any = None
         self._model: Any = self._load(progress)
         self._capture: CapsuleType | None = None
+        self._runner: CapsuleType | None = None
         try:
             self._context = self._make_context()
         except HomeinferError:
@@ -77,11 +77,9 @@ class LayerWindow:
         self.n_embd = int(self._lib.llama_model_n_embd_inp(self._model))
         self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model)))
         self.can_shift = bool(self._lib.llama_memory_can_shift(self._memory)) and not self._is_recurrent()
-        self._embedding = EmbeddingTable(spec.embedding) if spec.embedding is not None else None
-        sections = int(self._lib.llama_model_rope_type(self._model)) in _MROPE_TYPES
         self.computing = 0.0
-        """Seconds that the last `forward` spent inside llama_decode."""
-        self._batch = _BatchBuffers(self._lib, spec.n_batch, 4 if sections else 1)
+        """Seconds that the last `forward` spent computing."""
+        self._runner = self._make_runner()
 
     def _is_recurrent(self) -> bool:
         return bool(self._lib.llama_model_is_recurrent(self._model) or self._lib.llama_model_is_hybrid(self._model))
@@ -135,53 +133,69 @@ class LayerWindow:
             )
         return context
 
+    def _make_runner(self) -> CapsuleType:
+        spec, lib = self.spec, self._lib
+        check_batch_layout()
+        source = spec.embedding
+        sections = int(lib.llama_model_rope_type(self._model)) in _MROPE_TYPES
+        return _native.runner_new(
+            decode=runtime.llama_address("llama_decode"),
+            logits_ith=runtime.llama_address("llama_get_logits_ith"),
+            context=ctypes.cast(self._context, ctypes.c_void_p).value or 0,
+            capture=self._capture,
+            capacity=spec.n_batch,
+            n_embd=self.n_embd,
+            n_vocab=self.n_vocab,
+            n_seq=spec.n_seq,
+            n_ctx=spec.n_ctx,
+            sections=4 if sections and not self.is_whole else 1,
+            scale=source.scale if source is not None else spec.input_scale,
+            takes_tokens=self.is_whole,
+            embedding=None if source is None else map_rows(source),
+            n_rows=0 if source is None else source.n_rows,
+            row_bytes=0 if source is None else source.row_bytes,
+            to_float=0 if source is None else runtime.to_float_address(TYPE_NUMBERS[source.type]),
+        )
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether tokens go in (the first window), rather than hidden states."""
+        return self.spec.first == 0
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row that comes out: n_vocab from the last window, else n_embd."""
+        return self.n_vocab if self.is_last else self.n_embd
+
     def forward(self, inputs: Ints | Floats, positions: Ints, sequences: Ints, wanted: Flags) -> Floats:
         """Run tokens (int32 [n], first window) or hidden states (float32 [n, n_embd]) through the layers.
 
         Returns hidden states, float32 [n, n_embd], or from the last window the wanted rows' logits,
-        float32 [wanted, n_vocab]. Raises HomeinferError when llama_decode fails.
+        float32 [wanted, n_vocab]. Raises HomeinferError for what does not fit, and when llama_decode fails.
         """
-        n = len(positions)
-        if not (len(inputs) == len(sequences) == len(wanted) == n) or not 0 < n <= self.spec.n_batch:
-            raise HomeinferError(f"a batch of {n} tokens does not fit a window of {self.spec.n_batch}")
-        if inputs.ndim == 1 and not self.is_whole:
-            if self._embedding is None:
-                raise HomeinferError("this window takes hidden states, not tokens")
-            inputs = self._embedding.rows(np.asarray(inputs, np.int32))
-        if inputs.ndim == 2 and self.spec.input_scale != 1.0 and self.spec.first > 0:
-            inputs = inputs * np.float32(self.spec.input_scale)
-        out = np.empty((int(wanted.sum()), self.n_vocab) if self.is_last else (n, self.n_embd), np.float32)
-        row, self.computing = 0, 0.0
-        for start, end in equal_runs(sequences):
-            part = slice(start, end)
-            row += self._decode(inputs[part], positions[part], sequences[part], wanted[part], out[row:])
-        return out
+        kind = np.int32 if inputs.ndim == 1 else np.float32
+        index = b"".join(
+            np.ascontiguousarray(part, dtype).tobytes()
+            for part, dtype in ((positions, np.int32), (sequences, np.int32), (wanted, np.bool_))
+        )
+        out = self.forward_bytes(len(positions), index, np.ascontiguousarray(inputs, kind))
+        return np.frombuffer(out, np.float32).reshape(-1, self.width)
 
-    def _decode(self, inputs: Any, positions: Ints, sequences: Ints, wanted: Flags, out: Floats) -> int:
-        """One llama_decode into the first rows of `out`; returns how many."""
-        n = len(positions)
-        # without all rows marked, llama.cpp drops them before the last layer's FFN
-        batch = self._batch.fill(inputs, positions, sequences, wanted if self.is_last else np.ones(n, np.bool_))
-        if self._capture is not None:
-            _native.capture_aim(self._capture, out.ctypes.data, n * self.n_embd * 4)
-        begin = time.perf_counter()
-        status = self._lib.llama_decode(self._context, batch)
-        self.computing += time.perf_counter() - begin
+    def forward_bytes(self, n: int, index: bytes, rows: Any) -> bytes:
+        """`forward` on memory: index is positions and sequences (int32 [n] each), then wanted (uint8 [n]).
+
+        Every number is checked before llama.cpp sees it. Raises HomeinferError.
+        """
+        if self._runner is None:
+            raise HomeinferError("the window is closed")
+        try:
+            status, out, microseconds = _native.runner_forward(self._runner, n, index, rows)
+        except ValueError as problem:
+            raise HomeinferError(f"layers {self.spec.first} to {self.spec.last - 1}: {problem}") from problem
         if status:
             raise HomeinferError(_DECODE_ERRORS.get(status, f"llama_decode failed with {status}: {runtime.reason('')}"))
-        if self._capture is None:
-            rows = np.flatnonzero(wanted)
-            for i, token in enumerate(rows):
-                logits = self._lib.llama_get_logits_ith(self._context, int(token))
-                ctypes.memmove(out[i].ctypes.data, logits, self.n_vocab * 4)
-            return len(rows)
-        written, seen = _native.capture_counts(self._capture)
-        if written != n * self.n_embd * 4:
-            raise HomeinferError(
-                f"{self.spec.path}: the last layer's output had {seen} bytes, not {n * self.n_embd * 4}: "
-                "this architecture can't run as a window"
-            )
-        return n
+        self.computing = microseconds * 1e-6
+        return out
 
     def edit(self, edits: Sequence[KvEdit]) -> None:
         """Change the memory as llama_memory_seq_* do. Raises HomeinferError for what this memory can't."""
@@ -201,6 +215,7 @@ class LayerWindow:
 
     def close(self) -> None:
         """Free the memory and the weights. Safe to call twice."""
+        self._runner = None  # it points into the context
         if self._context is not None:
             self._lib.llama_free(self._context)
         if self._model is not None:
@@ -214,61 +229,10 @@ _DECODE_ERRORS = {
 }
 
 
-def equal_runs(sequences: Ints) -> list[tuple[int, int]]:
-    """Cut a batch so that llama.cpp keeps each part's order: parts in which every sequence is one run
-    and all runs are equally long (llama_batch_allocr::split_equal reorders others)."""
-    n = len(sequences)
-    edges = [0, *(np.flatnonzero(np.diff(sequences)) + 1).tolist(), n]
-    parts: list[tuple[int, int]] = []
-    length, seen = 0, set[int]()
-    for start, end in itertools.pairwise(edges):
-        sequence = int(sequences[start])
-        if parts and end - start == length and sequence not in seen:
-            parts[-1] = (parts[-1][0], end)
-            seen.add(sequence)
-        else:
-            parts.append((start, end))
-            length, seen = end - start, {sequence}
-    return parts
-
-
-class _BatchBuffers:
-    """One llama_batch, allocated once, filled again for each decode."""
-
-    def __init__(self, lib: Any, capacity: int, sections: int) -> None:
-        self._sections = sections
-        self._tokens = np.zeros(capacity, np.int32)
-        self._positions = np.zeros(capacity * sections, np.int32)
-        self._counts = np.ones(capacity, np.int32)
-        self._sequences = np.zeros(capacity, np.int32)
-        self._wanted = np.zeros(capacity, np.int8)
-        pointer = ctypes.POINTER(ctypes.c_int32)
-        base = self._sequences.ctypes.data
-        self._rows = (pointer * (capacity + 1))(
-            *(ctypes.cast(ctypes.c_void_p(base + 4 * i), pointer) for i in range(capacity))
-        )
-        self._batch = lib.llama_batch()
-        self._batch.pos = self._positions.ctypes.data_as(pointer)
-        self._batch.n_seq_id = self._counts.ctypes.data_as(pointer)
-        self._batch.seq_id = ctypes.cast(self._rows, type(self._batch.seq_id))
-        self._batch.logits = self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        self._token_pointer = self._tokens.ctypes.data_as(pointer)
-        self._hidden: Floats | None = None
-
-    def fill(self, inputs: Any, positions: Ints, sequences: Ints, wanted: Flags) -> Any:
-        n = len(positions)
-        self._batch.n_tokens = n
-        self._sequences[:n] = sequences
-        self._wanted[:n] = wanted
-        if inputs.ndim == 1:
-            self._tokens[:n] = inputs
-            self._positions[:n] = positions
-            self._batch.token, self._batch.embd = self._token_pointer, None
-            return self._batch
-        self._hidden = np.ascontiguousarray(inputs, np.float32)
-        # llama.cpp's M-RoPE of text: time, height and width are the position, the fourth section is 0
-        for section in range(self._sections):
-            self._positions[section * n : (section + 1) * n] = positions if section < 3 else 0
-        self._batch.token = None
-        self._batch.embd = self._hidden.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        return self._batch
+def check_batch_layout() -> None:
+    """Raises HomeinferError unless native/runner.c and llama-cpp-python agree on struct llama_batch."""
+    batch = runtime.llama().llama_batch
+    fields = ("n_tokens", "token", "embd", "pos", "n_seq_id", "seq_id", "logits")
+    known = (*(getattr(batch, name).offset for name in fields), ctypes.sizeof(batch))
+    if known != _native.batch_layout():
+        raise HomeinferError("this llama.cpp has another llama_batch than homeinfer knows: reinstall homeinfer")

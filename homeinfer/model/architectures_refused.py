@@ -34,16 +34,15 @@ NOT_GENERATING: dict[str, str] = {
 _NORM_IN_FRONT = "llama.cpp norms whatever enters layer 0, hidden states of later layers too"
 _STREAMS = "several streams of hidden states pass from layer to layer, and a window passes one"
 _FIRST_VALUES = "every layer takes in what layer 0 computed"
-_UNTESTED = "no test has compared its windows with the whole model"
 
 REFUSED: dict[str, str] = {
     "arwkv7": _FIRST_VALUES,
     "baichuan": "llama.cpp takes its position code (7B: RoPE, 13B: ALiBi) from the number of layers",
     "bloom": _NORM_IN_FRONT,
-    "chameleon": _UNTESTED,
+    "chameleon": "no test has compared its windows with the whole model",
     "cogvlm": "llama.cpp takes hidden states that come in for an image's, which have weights of their own",
     "deepseek4": _STREAMS,
-    "dots3note": _UNTESTED,
+    "dots3note": "llama.cpp ends on the tests' small model of it, so that none compares its windows with the whole",
     "gemma3n": "every layer takes in embeddings of the token, and layers share the keys and values of others",
     "glm5-next": _STREAMS,
     "gptj": "llama.cpp has no graph of it",

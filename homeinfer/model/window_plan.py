@@ -32,6 +32,17 @@ from homeinfer.model.cut_rules import (
 )
 from homeinfer.model.header import TYPE_SIZES, Header, MetaValue, TensorInfo, ValueType
 
+__all__ = [
+    "PLACEHOLDER_VOCAB",
+    "PlannedTensor",
+    "WindowPlan",
+    "layer_bytes",
+    "n_layers",
+    "plan_window",
+    "split_layers",
+    "why_not",
+]
+
 PLACEHOLDER_VOCAB = 32
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _PER_LAYER = frozenset(
@@ -141,11 +152,19 @@ def split_layers(header: Header, parts: int) -> tuple[tuple[int, int], ...]:
 
     best = _best_split(n, parts, allowed, lambda a, b: (total[b] - total[a] - target) ** 2)
     if best is None:
-        most = max(p for p in range(1, min(parts, n + 1)) if _best_split(n, p, allowed, lambda _a, _b: 0.0))
-        raise HomeinferError(
-            f"this model of {n} layers can be cut into at most {most} windows here, not {parts}: use fewer devices"
-        )
+        raise HomeinferError(_too_many(header, parts, allowed))
     return best
+
+
+def _too_many(header: Header, parts: int, allowed: Callable[[int, int], bool]) -> str:
+    n = n_layers(header)
+    if parts < 1:
+        return f"a model is cut into one window at least, not {parts}"
+    most = max((p for p in range(2, min(parts, n + 1)) if _best_split(n, p, allowed, lambda _a, _b: 0.0)), default=1)
+    if most == 1 and n > 1:
+        middle = n // 2
+        return f"this model can't be cut into windows: {why_not(header, 0, middle) or why_not(header, middle, n)}"
+    return f"this model of {n} layers can be cut into at most {most} windows, not {parts}: use fewer devices"
 
 
 def _best_split(

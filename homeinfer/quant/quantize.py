@@ -173,9 +173,7 @@ class _Quantizer:
         return HomeinferError(f"{_name(self._source)}: {why}")
 
 
-def _request(
-    header: Header, recipe: Recipe, partial: Path, requantize: bool, threads: int | None
-) -> Request:
+def _request(header: Header, recipe: Recipe, partial: Path, requantize: bool, threads: int | None) -> Request:
     metadata: dict[str, str | int] = {"homeinfer.recipe": recipe.name} if recipe.overrides else {}
     if any(file.alignment != _ALIGNMENT for file in header.files):
         # llama.cpp copies the key but aligns to 32: the file would be unreadable
@@ -232,9 +230,7 @@ def _checked_destination(destination: Path, header: Header, force: bool) -> Path
     return target
 
 
-def _checked_plan(
-    header: Header, planned: Planned, recipe: Recipe, requantize: bool
-) -> tuple[PlannedTensor, ...]:
+def _checked_plan(header: Header, planned: Planned, recipe: Recipe, requantize: bool) -> tuple[PlannedTensor, ...]:
     source = _name(Path(header.files[0].path))
     if {name for name, _ in planned.types} != {tensor.name for tensor in header.tensors}:
         raise HomeinferError(f"{source}: llama.cpp reads other tensors in this file; convert the model again")

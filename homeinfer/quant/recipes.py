@@ -229,8 +229,7 @@ def _down_types(header: Header, roles: Mapping[str, str], role: str) -> dict[str
         if match:
             layers.append((match["stack"], int(match["layer"]), name))
     return {
-        name: "Q3_K" if layer >= n_own else _down_type(index)
-        for index, (_, layer, name) in enumerate(sorted(layers))
+        name: "Q3_K" if layer >= n_own else _down_type(index) for index, (_, layer, name) in enumerate(sorted(layers))
     }
 
 

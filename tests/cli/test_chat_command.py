@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,14 +22,14 @@ from homeinfer.chat.session import load_conversation
 
 HOMEINFER = [sys.executable, "-m", "homeinfer", "chat"]
 SMALL = ["--temp", "0", "--threads", "1", "--ctx", "256"]
-LONG = "Tell me a very long story about a dragon."
-PATIENCE = 60.0
+ENDLESS = r'root ::= "on and " root'
+CLIPBOARD = r'root ::= "a\x1b]52;c;aGk=\x07b\r\x9b"'
+PATIENCE = 30.0
 
 
 def environment(folder: Path) -> dict[str, str]:
     return os.environ | {
         "HOMEINFER_DATA": str(folder / "data"),
-        "PROMPT_TOOLKIT_NO_CPR": "1",
         "TERM": "xterm-256color",
         "PYTHONUTF8": "1",
     }
@@ -44,12 +44,13 @@ def piped(folder: Path, said: bytes, *options: str) -> subprocess.CompletedProce
 class Terminal:
     """`homeinfer chat` in a terminal of its own."""
 
-    def __init__(self, folder: Path, options: Sequence[str]) -> None:
+    def __init__(self, folder: Path, grammar: str) -> None:
+        (folder / "grammar.gbnf").write_text(grammar)
         self._master, self._slave = pty.openpty()
         fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
         self.settings = termios.tcgetattr(self._slave)
         self.process = subprocess.Popen(
-            [*HOMEINFER, *options],
+            [*HOMEINFER, *SMALL, "--grammar", str(folder / "grammar.gbnf")],
             stdin=self._slave,
             stdout=self._slave,
             stderr=self._slave,
@@ -80,6 +81,8 @@ class Terminal:
         try:
             while data := os.read(self._master, 65536):
                 self.shown += data
+                # where is the cursor? prompt_toolkit asks, and shows the line at the bottom when it knows
+                os.write(self._master, b"\x1b[1;1R" * data.count(b"\x1b[6n"))
         except BlockingIOError:
             pass
 
@@ -112,8 +115,9 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
-    opened = Terminal(tmp_path, getattr(request, "param", SMALL))
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """A chat whose answers do not end."""
+    opened = Terminal(tmp_path, ENDLESS)
     yield opened
     opened.close()
 
@@ -123,7 +127,7 @@ def test_lines_of_a_pipe_are_answered_until_exit(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout == b"Hello! How can I assist you today?\n"
     assert b"there is no /exti: did you mean /exit?\n" in done.stderr
-    assert b"30 layers on 1 device, context of 256 tokens" in done.stderr
+    assert b"30 layers on 1 device, context 256" in done.stderr
 
 
 def test_the_end_of_a_pipe_ends_the_chat_and_the_history_goes_on(tmp_path: Path) -> None:
@@ -150,52 +154,45 @@ def test_what_leaves_the_context_is_said(tmp_path: Path) -> None:
     [
         (["missing.gguf"], "missing.gguf"),
         (["--grammar", "{folder}/bad.gbnf"], "the grammar can't be read"),
-        (["--system", "word " * 300], "the system message takes"),
     ],
-    ids=["model", "grammar", "system"],
+    ids=["model", "grammar"],
 )
 def test_what_can_not_work_is_one_line(tmp_path: Path, options: list[str], reason: str) -> None:
     (tmp_path / "bad.gbnf").write_text("no rules ::= (")
     done = piped(tmp_path, b"hi\n", *(option.format(folder=tmp_path) for option in options))
     assert done.returncode == 1
     assert done.stdout == b""
-    assert re.fullmatch(r"homeinfer: [^\n]*\n", done.stderr.decode())
-    assert reason in done.stderr.decode()
+    # llama.cpp itself writes where a grammar is wrong, before it
+    assert re.search(rf"(\A|\n)homeinfer: [^\n]*{reason}[^\n]*\n\Z", done.stderr.decode())
 
 
 def test_talking_in_a_terminal(terminal: Terminal) -> None:
-    terminal.see("/help for commands")
+    terminal.see("loading")
     terminal.type("hi\r")
-    terminal.see(r"Hello! How can I assist you today\?\s+[\d.]+ tokens/s, first token after")
-    terminal.type(LONG + "\r")
-    terminal.see("[Oo]nce|dragon.*\n.*[a-z]{3} [a-z]{3}")
+    terminal.see("on and on and")
     terminal.type("\x03")
-    terminal.see("first token after .* s, stopped")
-    terminal.type(LONG + "\r")
-    terminal.see("dragon.*\n.*[a-z]")
+    terminal.see(r"[\d.]+ tokens/s, first token after [\d.]+ s, stopped")
+    terminal.type("more\r")
+    terminal.see("on and on and")
     terminal.type("typed ahead")
-    time.sleep(0.3)
+    terminal.see("on and on and")
     assert "typed ahead" not in terminal.shown.decode(), "keys were shown in the middle of an answer"
     os.killpg(terminal.process.pid, signal.SIGINT)
-    terminal.see(r"stopped[\s\S]*> typed ahead")
-    terminal.type("\x03/sta\t\r")
-    terminal.see(r"answers\s+3\s")
-    terminal.type("/exit\r")
-    assert terminal.left() == 0
-
-
-def test_control_c_twice_on_an_empty_line_leaves(terminal: Terminal) -> None:
-    terminal.see("context 0 of 256")
+    terminal.see(r"stopped[\s\S]*>[\s\S]*typed ahead")
+    terminal.type("\x03/sta\t")
+    terminal.see("show tokens, speed|/stats")
+    terminal.type("\r")
+    terminal.see(r"answers\s+2\s[\s\S]*context [\d,]+ of 256")
     terminal.type("not sent\x03\x03")
-    terminal.see("Ctrl-C again leaves")
+    terminal.see("again leaves")
     terminal.type("\x03")
     assert terminal.left() == 0
 
 
 def test_an_engine_that_dies_is_one_line_and_the_conversation_is_saved(terminal: Terminal) -> None:
     terminal.see("/help for commands")
-    terminal.type(LONG + "\r")
-    terminal.see("dragon.*\n.*[a-z]")
+    terminal.type("hi\r")
+    terminal.see("on and on and")
     terminal.type("a message, not a command of the shell\r")
     terminal.engine.kill()
     shown = terminal.see(r"homeinfer: .*device-1[\s\S]*json\)")
@@ -208,8 +205,8 @@ def test_an_engine_that_dies_is_one_line_and_the_conversation_is_saved(terminal:
 
 def test_control_c_leaves_at_last_when_an_engine_hangs(terminal: Terminal) -> None:
     terminal.see("/help for commands")
-    terminal.type(LONG + "\r")
-    terminal.see("dragon.*\n.*[a-z]")
+    terminal.type("hi\r")
+    terminal.see("on and on and")
     engine = terminal.engine
     engine.suspend()
     terminal.type("\x03")
@@ -222,19 +219,15 @@ def test_control_c_leaves_at_last_when_an_engine_hangs(terminal: Terminal) -> No
     assert not engine.is_running()
 
 
-CLIPBOARD = r'root ::= "a\x1b]52;c;aGk=\x07b\r\x9b"'
-
-
 def test_a_model_can_not_command_the_terminal(tmp_path: Path) -> None:
-    grammar = tmp_path / "clipboard.gbnf"
-    grammar.write_text(CLIPBOARD)
-    options = ["--grammar", str(grammar), *SMALL]
-    assert b"a\x1b]52;c;aGk=\x07b" in piped(tmp_path, b"hi\n", *options).stdout, "a pipe gets what was written"
-    terminal = Terminal(tmp_path, options)
+    terminal = Terminal(tmp_path, CLIPBOARD)
     try:
         terminal.see("/help for commands")
         terminal.type("hi\r")
         terminal.see(r"a\]52;c;aGk=b\s+[\d.]+ tokens/s")
         assert b"\x1b]52" not in terminal.shown
+        terminal.type(f"/save {tmp_path}/talk.json\r/exit\r")
+        assert terminal.left() == 0
+        assert load_conversation(tmp_path / "talk.json").messages[1].content.startswith("a\x1b]52;c;aGk=\x07b\r")
     finally:
         terminal.close()

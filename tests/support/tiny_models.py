@@ -190,7 +190,7 @@ def _quiet(log: Path) -> Iterator[None]:
 
 
 def file_name(name: str) -> str:
-    """"deepseek2:lite" -> "deepseek2-lite.gguf"."""
+    """ "deepseek2:lite" -> "deepseek2-lite.gguf"."""
     return name.replace(":", "-") + ".gguf"
 
 

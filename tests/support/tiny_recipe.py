@@ -70,8 +70,9 @@ MOE: dict[str, Value] = {"expert_count": 4, "expert_used_count": 2, "expert_feed
 SWA: dict[str, Value] = {"attention.sliding_window": 16}
 
 
-def layers(n: int, *parts: Mapping[str, Value], heads: int = 4, kv: int | list[int] = 2, ff: int = 96,
-           embd: int = 64) -> dict[str, Value]:
+def layers(
+    n: int, *parts: Mapping[str, Value], heads: int = 4, kv: int | list[int] = 2, ff: int = 96, embd: int = 64
+) -> dict[str, Value]:
     """The keys every decoder has, `n` layers, with `parts` merged over them."""
     out: dict[str, Value] = {
         "block_count": n,

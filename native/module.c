@@ -1,0 +1,58 @@
+/* The module homeinfer._native: its functions, and the busy wait that times a spin count. */
+#include "capture.h"
+
+#if defined(_MSC_VER)
+#include <intrin.h>
+#define RELAX() YieldProcessor()
+#elif defined(__x86_64__) || defined(__i386__)
+#define RELAX() __asm__ __volatile__("pause" ::: "memory")
+#elif defined(__aarch64__)
+#define RELAX() __asm__ __volatile__("yield" ::: "memory")
+#else
+#define RELAX() ((void)0)
+#endif
+#if defined(_MSC_VER) && !defined(YieldProcessor)
+#if defined(_M_ARM64)
+#define YieldProcessor() __yield()
+#else
+#define YieldProcessor() _mm_pause()
+#endif
+#endif
+
+/* The busy-wait step of an OpenMP runtime, n times: the caller's clock makes a spin count of it. */
+static PyObject *spin(PyObject *module, PyObject *arg) {
+    (void)module;
+    unsigned long n = PyLong_AsUnsignedLong(arg);
+    if (n == (unsigned long)-1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    volatile uint32_t flag = 0;
+    for (unsigned long i = 0; i < n && !flag; ++i) {
+        RELAX();
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"capture_new", capture_new, METH_VARARGS,
+     "capture_new(ggml_get_name, ggml_nbytes, ggml_backend_tensor_get, node_name) -> capsule\n\n"
+     "The three are addresses (int). Raises ValueError for a null one or too long a name."},
+    {"capture_pointers", capture_pointers, METH_O,
+     "capture_pointers(capsule) -> (cb_eval, cb_eval_user_data)\n\nValid while the capsule lives."},
+    {"runner_new", (PyCFunction)(void (*)(void))runner_new, METH_VARARGS | METH_KEYWORDS,
+     "runner_new(...) -> capsule\n\nSee homeinfer/_native.pyi."},
+    {"runner_forward", runner_forward, METH_VARARGS,
+     "runner_forward(capsule, n, index, rows) -> (status, out, microseconds)\n\nSee homeinfer/_native.pyi."},
+    {"batch_layout", batch_layout, METH_NOARGS,
+     "batch_layout() -> tuple\n\nOffsets of struct llama_batch's fields as compiled here, then its size."},
+    {"spin", spin, METH_O, "spin(n)\n\nn steps of a busy wait, to time one."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "The hot paths of homeinfer in C.", -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    return PyModule_Create(&definition);
+}
