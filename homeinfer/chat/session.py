@@ -14,7 +14,7 @@ import msgspec
 
 from homeinfer.chat.template import ChatMessage, ChatTemplate
 from homeinfer.engine.generate import Generator, Outcome
-from homeinfer.engine.pipeline import DeviceInfo, Remove
+from homeinfer.engine.pipeline import DeviceInfo
 from homeinfer.engine.sampling import Sampling
 from homeinfer.errors import HomeinferError
 
@@ -88,7 +88,6 @@ class Session:
         self._sampling = sampling
         self._limit = limit
         self._left = 0
-        self._is_stale = False
         self._answers = self._prompt_tokens = self._reused = self._generated = 0
         self._decoded, self._decode_ms = 0, 0.0
         if system:
@@ -131,7 +130,6 @@ class Session:
         seed = (self._sampling.seed + self._answers) % (1 << 32)
         sampling = msgspec.structs.replace(self._sampling, seed=seed)
         try:
-            self._forget_if_stale()
             outcome = self._generator.answer(
                 prompt, sampling, self._limit, keep=keep, on_text=write, cancelled=cancelled
             )
@@ -143,14 +141,6 @@ class Session:
         dropped, self._left = max(0, left - self._left), left
         self._count(outcome)
         return Turn(outcome.text, outcome, dropped)
-
-    def _forget_if_stale(self) -> None:
-        # A memory keeps what its tokens saw: reused after /clear, an old question would still know what was
-        # said before it. So it is emptied wherever the conversation becomes another one.
-        if self._is_stale:
-            self._generator.pipeline.edit((Remove(0),))
-            self._generator = Generator(self._generator.pipeline, self._generator.tokenizer)
-            self._is_stale = False
 
     def _prompt(self, messages: tuple[ChatMessage, ...]) -> tuple[int, list[int]]:
         """How many messages leave the context for the next answer, and its prompt. Raises HomeinferError."""
@@ -221,7 +211,7 @@ class Session:
             left, prompt = self._prompt((*messages, ChatMessage("user", "a")))
             used = len(prompt)
         self.messages, self.context_used, self._left, self.last = messages, used, left, None
-        self._is_stale = True
+        self._generator.forget()
 
     @property
     def stats(self) -> Stats:

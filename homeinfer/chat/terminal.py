@@ -24,16 +24,10 @@ from rich.text import Text
 
 from homeinfer.chat.commands import COMMANDS, parse_command, run_command
 from homeinfer.chat.session import AnswerFailed, Session, Turn
+from homeinfer.chat.text import for_terminal
 from homeinfer.errors import HomeinferError
 
-_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack", "prompt": "bold"})
-
-
-def printable(text: str) -> str:
-    """Text without control characters but newline and tab: a model must not move the cursor, set the
-    clipboard or change the title of a terminal."""
-    return text.translate(_CONTROLS)
 
 
 class LeaveNow(KeyboardInterrupt):
@@ -52,7 +46,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         """A piece of an answer."""
-        text = printable(text) if self._to_terminal else text
+        text = for_terminal(text) if self._to_terminal else text
         sys.stdout.write(text)
         sys.stdout.flush()
         self._at_start = text.endswith("\n") if text else self._at_start
@@ -65,7 +59,7 @@ class Screen:
     def note(self, text: str, style: str = "dim") -> None:
         """A remark."""
         self.end_line()
-        self._notes.print(Text(printable(text)), style=style, soft_wrap=True)
+        self._notes.print(Text(for_terminal(text)), style=style, soft_wrap=True)
 
 
 class Interrupts:
@@ -249,7 +243,7 @@ def status_text(session: Session) -> str:
     """The line at the bottom of the screen."""
     last = session.last
     rate = f" · {1e3 / last.tpot_ms:.1f} tokens/s" if last and last.tpot_ms else ""
-    return printable(f"{session.model} · context {session.context_used:,} of {session.n_ctx:,}{rate}")
+    return for_terminal(f"{session.model} · context {session.context_used:,} of {session.n_ctx:,}{rate}")
 
 
 def make_prompt(status: Callable[[], str], folder: Path) -> PromptSession[str]:

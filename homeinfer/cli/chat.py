@@ -17,9 +17,9 @@ from homeinfer.cli.opening import (
     RingOption,
     StreamOption,
     ThreadsOption,
+    model_name,
     opened,
 )
-from homeinfer.cli.run import path_or_default
 from homeinfer.cli.sampling_options import (
     FrequencyOption,
     GrammarOption,
@@ -90,7 +90,7 @@ def chat(
     with keys_held_back(), opened(model, options) as ready:
         Sampler(sampling, ready.tokenizer).close()  # what is wrong with a grammar is said now
         template = ChatTemplate(ready.header, ready.tokenizer)
-        name = path_or_default(model)
+        name = model_name(model)
         session = Session(name, template, ready.generator, sampling, limit=n_predict, system=system)
         talk(session, ui.notes, banner(name, ready.generator.pipeline, template))
 

@@ -63,6 +63,11 @@ def default_model() -> Path:
     return found[0]
 
 
+def model_name(model: Path | None) -> str:
+    """How to call the model on screen."""
+    return "SmolLM2-135M-Instruct (embedded)" if model is None else model.name
+
+
 @contextmanager
 def opened(model: Path | None, options: RingOptions, *, quiet: bool = False) -> Iterator[Opened]:
     """Read, cut, load and join; everything is ended again on the way out. Raises HomeinferError."""
@@ -71,7 +76,7 @@ def opened(model: Path | None, options: RingOptions, *, quiet: bool = False) -> 
     tokenizer = Tokenizer(header.files[0].path)
     windows = plan_windows(header, options)
     to_cut = missing_bytes(header, windows, default_folder()) if len(windows) > 1 else 0
-    names = [f"device-{i + 1} (layers {first}–{last - 1})" for i, (first, last) in enumerate(windows)]
+    names = [f"device-{i + 1} (layers {ui.layer_range(first, last)})" for i, (first, last) in enumerate(windows)]
     with ui.copying("cutting windows", to_cut) as on_cut, ui.loading(names) as on_load:
         pipeline = start_local_ring(header, options, on_cut=on_cut, on_load=on_load)
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
 from homeinfer.chat.template import ChatMessage, ChatTemplate
+from homeinfer.chat.text import for_terminal
 from homeinfer.cli import ui
 from homeinfer.cli.opening import (
     ContextOption,
@@ -150,14 +150,9 @@ def run_result(outcome: Outcome, devices: list[DeviceInfo], seed: int) -> RunRes
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(for_terminal(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def _ignore(_text: str) -> None:
     pass
-
-
-def path_or_default(model: Path | None) -> str:
-    """How to call the model on screen."""
-    return "SmolLM2-135M-Instruct (embedded)" if model is None else model.name

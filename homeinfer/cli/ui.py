@@ -55,6 +55,11 @@ def loading(names: list[str]) -> Iterator[Callable[[list[float]], None]]:
         yield show
 
 
+def layer_range(first: int, last: int) -> str:
+    """Layers [first, last) as a person counts them."""
+    return f"{first}–{last - 1}" if last - first > 1 else f"{first}"
+
+
 def show_plan(devices: tuple[DeviceInfo, ...], layer_bytes: list[int]) -> None:
     """Who holds which layers, and how much that is."""
     table = Table(title="plan", title_justify="left", box=None, header_style="bold")
@@ -63,5 +68,5 @@ def show_plan(devices: tuple[DeviceInfo, ...], layer_bytes: list[int]) -> None:
     for device in devices:
         for first, last in device.windows:
             size = sum(layer_bytes[first:last]) / 1e6
-            table.add_row(device.name, f"{first}–{last - 1}", f"{size:,.1f} MB")
+            table.add_row(device.name, layer_range(first, last), f"{size:,.1f} MB")
     notes.print(table)

@@ -103,6 +103,12 @@ class Generator:
         self.tokenizer = tokenizer
         self._sequence = sequence
         self._cached: list[int] = []
+        self._is_stale = False
+
+    def forget(self) -> None:
+        """Let the next answer start from an empty memory. What is in it saw what came before it, so it must not
+        serve a conversation in which that was never said."""
+        self._is_stale = True
 
     def answer(
         self,
@@ -131,6 +137,9 @@ class Generator:
             logits = self._prefill(prompt, reuse.kept, cancelled)
             writer = _Writer(self.tokenizer, on_text)
             reason, shifted, first = self._decode(logits, sampler, writer, limit, keep, cancelled)
+        except BaseException:
+            self.forget()  # how far the engines came is not known
+            raise
         finally:
             sampler.close()
         end = time.perf_counter()
@@ -156,11 +165,13 @@ class Generator:
             )
 
     def _prepare(self, prompt: Sequence[int]) -> Reuse:
+        if self._is_stale:
+            self.pipeline.edit((Remove(self._sequence),))
+            self._cached, self._is_stale = [], False
         reuse = plan_reuse(self._cached, prompt, self.pipeline.can_shift, self._sequence)
-        cached, self._cached = self._cached, []  # nothing is known until the edits are through
         if reuse.edits:
             self.pipeline.edit(reuse.edits)
-        self._cached = list(prompt[: reuse.kept]) if reuse.kept or reuse.edits else cached
+        self._cached = list(prompt[: reuse.kept])
         return reuse
 
     def _prefill(self, prompt: Sequence[int], done: int, cancelled: Callable[[], bool]) -> Floats | None:

@@ -55,8 +55,9 @@ class Sampler:
     def _make_grammar(self, text: str | None, tokenizer: Tokenizer) -> Any:
         if text is None:
             return None
-        grammar = self._lib.llama_sampler_init_grammar(tokenizer.vocab, text.encode(), b"root")
-        if not grammar:
+        with runtime.quiet_stderr():  # llama.cpp's parser writes there, not to its log
+            grammar = self._lib.llama_sampler_init_grammar(tokenizer.vocab, text.encode(), b"root")
+        if not grammar or not text.strip():
             raise HomeinferError("the grammar can't be read: it must be GBNF with a rule named root")
         return grammar
 

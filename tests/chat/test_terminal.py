@@ -15,7 +15,8 @@ from prompt_toolkit.output import DummyOutput
 
 from homeinfer.chat.commands import COMMANDS, Command, help_text, parse_command
 from homeinfer.chat.session import Turn
-from homeinfer.chat.terminal import CommandCompleter, joined_lines, make_prompt, printable, turn_text
+from homeinfer.chat.terminal import CommandCompleter, joined_lines, make_prompt, turn_text
+from homeinfer.chat.text import for_terminal
 from homeinfer.engine.generate import FinishReason, Outcome
 from homeinfer.errors import HomeinferError
 
@@ -77,13 +78,13 @@ def test_a_data_folder_that_can_not_be_made_is_no_obstacle(tmp_path: Path, typed
 
 @given(st.text())
 def test_only_newline_and_tab_are_left_of_the_control_characters(text: str) -> None:
-    kept = printable(text)
+    kept = for_terminal(text)
     controls = {chr(code) for code in (*range(32), *range(127, 160))} - {"\n", "\t"}
     assert kept == "".join(char for char in text if char not in controls)
 
 
 def test_escape_sequences_lose_their_power() -> None:
-    assert printable("a\x1b]52;c;aGk=\x07b\x9b2Jc\r\n\td\x00") == "a]52;c;aGk=b2Jc\n\td"
+    assert for_terminal("a\x1b]52;c;aGk=\x07b\x9b2Jc\r\n\td\x00") == "a]52;c;aGk=b2Jc\n\td"
 
 
 @pytest.mark.parametrize(

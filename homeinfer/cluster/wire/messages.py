@@ -84,8 +84,11 @@ _SMALL = 1 << 16
 
 
 def encode(message: Message, rows: Any = b"") -> list[Any]:
-    """Frames to send. The first: the header's length (highest bit: the rows are a second frame), the header, zeros up to a multiple of 16, then the rows
-    (anything with a buffer); rows that are large are a second frame, which is sent as it is."""
+    """Frames to send, one or two.
+
+    The first: the header's length (highest bit: the rows are a second frame), the header, zeros up to a
+    multiple of 16, then the rows (anything with a buffer) unless they are large.
+    """
     header = _encoder.encode(message)
     padding = b"\0" * (-(_LENGTH.size + len(header)) % 16)
     rows = memoryview(rows)

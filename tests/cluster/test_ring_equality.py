@@ -1,0 +1,169 @@
+"""A ring says what llama.cpp alone says, however many devices it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from homeinfer.cluster.local import RingOptions, start_local_ring, window_specs
+from homeinfer.engine.pipeline import Batch, Copy, Floats, Keep, KvEdit, Remove, Shift
+from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.tokenizer import Tokenizer
+from homeinfer.engine.window import LayerWindow
+from homeinfer.model.header import Header, read_header
+from homeinfer.model.window_plan import n_layers
+from tests.support.reference import GREEDY, Agreement, Reference, agreement, references, ring_answers
+
+LONGEST = 600
+LIMIT = 64
+RINGS = (1, 2, 3, 5)
+MODELS = ("smollm2", "gemma")
+PROMPTS = (
+    "Once upon a time, in a village at the foot of the mountains, there was a",
+    "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is",
+    "def fibonacci(n):\n    ",
+    "Q: Why is the sky blue?\nA:",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Dear Sir or Madam,\nI am writing to complain about the train that",
+    "Die Hauptstadt von Österreich ist Wien, und die Donau fließt",
+    "The log of the ship, day by day. "
+    + " ".join(f"Day {i}: wind {i * 7 % 9}, {i * 13 % 97} miles, {'calm' if i % 3 else 'rough'}." for i in range(90)),
+)
+TALK = "Once upon a time there was a little robot who"
+
+
+class Answers:
+    """References of each model and how each ring agrees with them, computed once."""
+
+    def __init__(self, paths: dict[str, Path]) -> None:
+        self._paths = paths
+        self._expected: dict[str, list[Reference]] = {}
+        self._agreements: dict[tuple[str, int], Agreement] = {}
+
+    def expected(self, model: str) -> list[Reference]:
+        if model not in self._expected:
+            self._expected[model] = references(self._paths[model], PROMPTS, LIMIT, longest=LONGEST)
+        return self._expected[model]
+
+    def agreement(self, model: str, devices: int) -> Agreement:
+        if (model, devices) not in self._agreements:
+            expected = self.expected(model)
+            options = RingOptions(devices=devices, n_ctx=2048, n_threads=2)
+            outcomes = ring_answers(self._paths[model], options, [e.prompt for e in expected], GREEDY, LIMIT)
+            self._agreements[model, devices] = agreement(expected, [o.tokens for o in outcomes])
+        return self._agreements[model, devices]
+
+
+@pytest.fixture(scope="module")
+def answers(smollm2_path: Path, gemma_path: Path) -> Answers:
+    return Answers({"smollm2": smollm2_path, "gemma": gemma_path})
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Header:
+    return read_header(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def talk(smollm2_path: Path) -> list[int]:
+    with closing(Tokenizer(str(smollm2_path))) as tokenizer:
+        return tokenizer.encode(TALK)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_prompts_become_the_same_tokens(
+    model: str, answers: Answers, request: pytest.FixtureRequest
+) -> None:
+    with closing(Tokenizer(str(request.getfixturevalue(f"{model}_path")))) as tokenizer:
+        assert [tokenizer.encode(text)[:LONGEST] for text in PROMPTS] == [e.prompt for e in answers.expected(model)]
+    assert max(len(e.prompt) for e in answers.expected(model)) == LONGEST
+
+
+@pytest.mark.parametrize("devices", RINGS)
+@pytest.mark.parametrize("model", MODELS)
+def test_greedy_tokens_are_those_of_llama_cpp(model: str, devices: int, answers: Answers) -> None:
+    found = answers.agreement(model, devices)
+    print(f"{model}, {devices} devices: {found.tokens} tokens, {found.ties} near ties")
+    assert found.tokens > len(PROMPTS) * LIMIT // 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_near_ties_are_rarer_than_one_in_a_thousand_tokens(model: str, answers: Answers) -> None:
+    found = [answers.agreement(model, devices) for devices in RINGS]
+    assert 1000 * sum(f.ties for f in found) <= sum(f.tokens for f in found)
+
+
+def test_the_same_seed_gives_the_same_text_on_any_ring(smollm2_path: Path, talk: list[int]) -> None:
+    def text(devices: int, seed: int) -> str:
+        options = RingOptions(devices=devices, n_ctx=256, n_threads=1)
+        return ring_answers(smollm2_path, options, [talk], Sampling(temperature=0.8, seed=seed), 48)[0].text
+
+    assert text(1, 7) == text(3, 7) != text(3, 8)
+
+
+def test_a_network_ring_answers_the_same(smollm2_path: Path, answers: Answers) -> None:
+    first = answers.expected("smollm2")[0]
+    options = RingOptions(devices=3, n_ctx=2048, n_threads=1, network=True)
+    (outcome,) = ring_answers(smollm2_path, options, [first.prompt], GREEDY, LIMIT)
+    assert agreement([first], [outcome.tokens]).ties == 0
+
+
+def test_streamed_windows_answer_as_a_streamed_model_does(smollm2_path: Path, talk: list[int]) -> None:
+    def tokens(devices: int) -> list[int]:
+        options = RingOptions(devices=devices, n_ctx=256, n_threads=1, resident=False)
+        return ring_answers(smollm2_path, options, [talk], GREEDY, 24)[0].tokens
+
+    assert tokens(1) == tokens(3)
+
+
+def test_a_full_context_shifts_alike_on_any_ring(smollm2_path: Path, talk: list[int]) -> None:
+    def outcome(devices: int) -> tuple[list[int], int]:
+        options = RingOptions(devices=devices, n_ctx=128, n_threads=1)
+        (got,) = ring_answers(smollm2_path, options, [talk], Sampling(temperature=0.8, seed=3), 200)
+        return got.tokens, got.shifted
+
+    tokens, shifted = outcome(3)
+    assert len(tokens) == 200
+    assert shifted > 0
+    assert (tokens, shifted) == outcome(1)
+
+
+def several_sequences(forward: Callable[[Batch], Floats], edit: Callable[[list[KvEdit]], None]) -> Floats:
+    """Three sequences that begin alike, one of which forgets a part of its middle: the logits of every batch."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(100, 40_000, 64).astype(np.int32)
+    rows = [forward(Batch.of(tokens[:24].tolist(), 0))]
+    edit([Copy(0, 1), Copy(0, 2, 0, 10)])
+    rows.append(forward(mixed(tokens[24:35], [24, 25, 24, 25, 26, 10, 11, 12, 13, 14, 15], [0] * 2 + [1] * 3 + [2] * 6)))
+    edit([Remove(0, 8, 16), Shift(0, 16, 26, -8)])
+    rows.append(forward(mixed(tokens[35:38], [18, 27, 16], [0, 1, 2])))
+    edit([Remove(1, 20), Keep(1)])
+    rows.append(forward(mixed(tokens[38:42], [20, 21, 22, 0], [1, 1, 1, 0])))
+    return np.concatenate(rows)
+
+
+def mixed(tokens: np.ndarray, positions: list[int], sequences: list[int]) -> Batch:
+    return Batch(
+        np.asarray(tokens, np.int32),
+        np.asarray(positions, np.int32),
+        np.asarray(sequences, np.int32),
+        np.ones(len(tokens), np.bool_),
+    )
+
+
+def test_several_sequences_and_edits_give_the_logits_of_one_window(smollm2: Header) -> None:
+    options = RingOptions(devices=2, n_ctx=128, n_seq=3, n_batch=64, n_threads=1)
+    n = n_layers(smollm2)
+    (spec,) = window_specs(smollm2, [(0, n)], options)
+    with closing(LayerWindow(spec)) as whole:
+        expected = several_sequences(
+            lambda b: whole.forward(b.tokens, b.positions, b.sequences, b.wanted), lambda edits: whole.edit(edits)
+        )
+    with closing(start_local_ring(smollm2, options)) as ring:
+        got = several_sequences(ring.forward, ring.edit)
+    assert got.shape == (1 + 11 + 3 + 4, 49_152)
+    assert np.array_equal(got, expected)

