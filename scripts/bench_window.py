@@ -11,13 +11,14 @@ devices on this machine. Prints one JSON object; times are medians, in milliseco
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,8 +126,6 @@ def work(name: str, model: str, threads: int, link: Connection) -> None:
 
         global _SILENT
         _SILENT = llama_log_callback(silent)
-    else:
-        runtime.prepare_environment()
     contender = CONTENDERS[name](model, threads)
     link.send("ready")
     while (request := link.recv()) is not None:
@@ -152,6 +151,17 @@ def block(contender: Any, prompt: int, tokens: int) -> dict[str, Any]:
     return {"prefill": prefill, "steps": steps, "spent": spent}
 
 
+@contextlib.contextmanager
+def environment_of(name: str) -> Iterator[None]:
+    """Windows run as in their engine processes; llama.cpp as its users start it, and the head of the ring too."""
+    before = dict(os.environ)
+    if name in ("layerwindow", "three_windows"):
+        os.environ.update(runtime.engine_environment(before))
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def measure(model: str, threads: int, rounds: int, prompt: int, tokens: int) -> dict[str, list[dict[str, Any]]]:
     """Blocks of all contenders in turn; the first round only warms up."""
     spawn = multiprocessing.get_context("spawn")
@@ -159,7 +169,8 @@ def measure(model: str, threads: int, rounds: int, prompt: int, tokens: int) -> 
     for name in CONTENDERS:
         mine, theirs = spawn.Pipe()
         process = spawn.Process(target=work, args=(name, model, threads, theirs))
-        process.start()
+        with environment_of(name):
+            process.start()
         theirs.close()
         if mine.recv() != "ready":
             raise SystemExit(f"{name} did not come up")
@@ -189,7 +200,7 @@ def summary(blocks: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, A
         return round(statistics.median(a / b for a, b in zip(times[over], times[under], strict=True)), 4)
 
     steps = [(t, s) for b in blocks["ring3"] for t, s in zip(b["steps"], b["spent"], strict=True)]
-    hops = len(steps[0][1])
+    hops = len(steps[0][1]) + 1  # head to first device, …, last device to head: one message each
     outside = [(t - sum(c for c, _ in s)) / hops for t, s in steps]
     device = [sum(h - c for c, h in s) / hops for _, s in steps]
     return {
@@ -208,6 +219,7 @@ def summary(blocks: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, A
         },
         "tpot_ms": {name: round(statistics.median(v), 3) for name, v in decode.items()},
         "prefill_tokens_per_s": {name: round(1e3 * prompt / statistics.median(v), 1) for name, v in prefill.items()},
+        "ring3_overhead_ms_per_token": round(statistics.median(outside) * hops, 3),
         "ring3_computing_ms": round(statistics.median(sum(c for c, _ in s) for _, s in steps), 3),
     }
 

@@ -33,7 +33,7 @@ class EngineProcess:
     """One engine process and the last things it said. Its methods never block for long."""
 
     def __init__(self, setup: Setup) -> None:
-        """Start it with OpenMP set for engines that take turns (runtime.prepare_environment)."""
+        """Start it in an environment of its own (runtime.engine_environment)."""
         self.setup = setup
         self.address: str | None = None
         self.ready: Ready | None = None
@@ -41,15 +41,12 @@ class EngineProcess:
         self._failed: str | None = None
         self._heard = time.monotonic()
         self._errors: deque[str] = deque(maxlen=40)
-        environment = dict(os.environ)
-        runtime.prepare_environment(environment)
-        environment["GGML_NO_BACKTRACE"] = "1"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "homeinfer.cluster.device"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=runtime.engine_environment(os.environ),
             start_new_session=True,  # a Ctrl-C in the terminal is the head's to deal with
         )
         self._readers = [

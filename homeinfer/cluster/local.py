@@ -111,7 +111,7 @@ def start_local_ring(
     Raises HomeinferError when the model can't be cut so, or an engine does not come up; nothing stays behind.
     """
     specs = window_specs(header, plan_windows(header, options), options, on_cut)
-    starter = _Starter(specs, network=options.network)
+    starter = _Starter(specs, most_logits(header, options), network=options.network)
     try:
         starter.start()
         return starter.join(on_load)
@@ -120,17 +120,30 @@ def start_local_ring(
         raise
 
 
+def _socket_folder() -> Path | None:
+    """A folder that only this user can enter, or None where sockets can't be files in it."""
+    fits = len(tempfile.gettempdir()) < 60  # the system's limit for the whole path is 104 to 108 bytes
+    return Path(tempfile.mkdtemp(prefix="homeinfer-")) if has_ipc() and fits else None
+
+
+def most_logits(header: Header, options: RingOptions) -> int:
+    """Bytes of the largest message that may come back to the head: a row of logits for each token of a batch."""
+    embedding = header.tensor("token_embd.weight")
+    n_vocab = embedding.shape[-1] if embedding is not None else 1 << 20
+    return options.n_batch * n_vocab * 4 + (1 << 16)
+
+
 class _Starter:
     """The processes, sockets and folder of a ring while it comes up, and their end."""
 
-    def __init__(self, specs: list[WindowSpec], *, network: bool) -> None:
+    def __init__(self, specs: list[WindowSpec], most_bytes: int, *, network: bool) -> None:
         self._specs = specs
         self._epoch = time.time_ns() & 0x7FFFFFFFFFFF
         self._names = [f"device-{i + 1}" for i in range(len(specs))]
-        self._folder = None if network or not has_ipc() else Path(tempfile.mkdtemp(prefix="homeinfer-"))
+        self._folder = None if network else _socket_folder()
         self._keys = dict.fromkeys((*self._names, _HEAD), ("", "")) if self._folder else self._make_keys()
         self._engines: list[EngineProcess] = []
-        self._links = Links(self._listen(_HEAD), self._keys_of(_HEAD), patience_ms=CHECK_MS)
+        self._links = Links(self._listen(_HEAD), self._keys_of(_HEAD), max_bytes=most_bytes, patience_ms=CHECK_MS)
 
     def _make_keys(self) -> dict[str, tuple[str, str]]:
         return {name: new_keys() for name in (*self._names, _HEAD)}
