@@ -146,7 +146,12 @@ def serve(supervisor: _Supervisor) -> None:
     rows = max(spec.n_batch for spec in setup.windows)
     links = Links(setup.listen, setup.keys, max_bytes=rows * widest * 4 + _FRAME_SLACK)
     supervisor.say(Listening(links.address))
-    routes = msgspec.json.decode(supervisor.hear(), type=Routes)
+    said = supervisor.hear()
+    if not said:  # the supervisor has gone already
+        links.close()
+        remove_sockets(setup.listen)
+        return
+    routes = msgspec.json.decode(said, type=Routes)
     threading.Thread(target=supervisor.leave_with_it, args=(setup.listen,), daemon=True).start()
     threading.Thread(target=supervisor.beat, daemon=True).start()
     windows = load_windows(setup, supervisor)
@@ -166,7 +171,8 @@ def main() -> NoReturn:
     except msgspec.MsgspecError as problem:
         supervisor.say(Failed(f"the engine was given what it can't read: {problem}"))
     # no tidy-up of llama.cpp: the process ends here, and its destructors have been seen to hang
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(0)
 
 

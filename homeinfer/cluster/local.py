@@ -143,7 +143,11 @@ class _Starter:
         self._folder = None if network else _socket_folder()
         self._keys = dict.fromkeys((*self._names, _HEAD), ("", "")) if self._folder else self._make_keys()
         self._engines: list[EngineProcess] = []
-        self._links = Links(self._listen(_HEAD), self._keys_of(_HEAD), max_bytes=most_bytes, patience_ms=CHECK_MS)
+        try:
+            self._links = Links(self._listen(_HEAD), self._keys_of(_HEAD), max_bytes=most_bytes, patience_ms=CHECK_MS)
+        except HomeinferError:
+            self.end_devices()
+            raise
 
     def _make_keys(self) -> dict[str, tuple[str, str]]:
         return {name: new_keys() for name in (*self._names, _HEAD)}

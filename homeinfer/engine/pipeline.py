@@ -64,7 +64,10 @@ class Copy(msgspec.Struct, frozen=True, tag="copy"):
 
 
 class Shift(msgspec.Struct, frozen=True, tag="shift"):
-    """Add `delta` to the positions [start, end) of a sequence (llama_memory_seq_add)."""
+    """Add `delta` to the positions [start, end) of a sequence (llama_memory_seq_add).
+
+    Positions that a Copy shares with another sequence move there too: shift before copying.
+    """
 
     sequence: int
     start: int

@@ -17,6 +17,10 @@ from homeinfer.errors import HomeinferError
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
+_RANDOM_SEED = 0xFFFFFFFF
+"""LLAMA_DEFAULT_SEED: llama.cpp takes another seed each time instead."""
+
+
 class Sampling(msgspec.Struct, frozen=True):
     """How tokens are chosen; llama.cpp's defaults. temperature 0: always the likeliest.
 
@@ -48,7 +52,7 @@ class Sampler:
         self._repeat_last_n = sampling.repeat_last_n
         self._is_greedy = sampling.temperature == 0 and not _has_penalties(sampling)
         self._grammar: Any = self._make_grammar(sampling.grammar, tokenizer)
-        self._chain: Any = self._make_chain(sampling)
+        self._chain: Any = self._make_chain(sampling, tokenizer.n_vocab)
         self._buffer = np.zeros(tokenizer.n_vocab, _CANDIDATE)
         self._ids = np.arange(tokenizer.n_vocab, dtype=np.int32)
 
@@ -57,15 +61,15 @@ class Sampler:
             return None
         with runtime.quiet_stderr():  # llama.cpp's parser writes there, not to its log
             grammar = self._lib.llama_sampler_init_grammar(tokenizer.vocab, text.encode(), b"root")
-        if not grammar or not text.strip():
+        if not grammar or not text.strip() or "\0" in text:
             raise HomeinferError("the grammar can't be read: it must be GBNF with a rule named root")
         return grammar
 
-    def _make_chain(self, s: Sampling) -> Any:
+    def _make_chain(self, s: Sampling, n_vocab: int) -> Any:
         lib = self._lib
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         if _has_penalties(s):
-            penalties = (s.repeat_last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
+            penalties = (n_vocab, s.repeat_last_n, s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_penalties(*penalties))
         if s.temperature == 0:
             lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
@@ -75,7 +79,7 @@ class Sampler:
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(s.top_p, 1))
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(s.min_p, 1))
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(s.temperature))
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(s.seed))
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(s.seed % _RANDOM_SEED))
         return chain
 
     def choose(self, logits: Floats) -> int:

@@ -198,7 +198,10 @@ class LayerWindow:
         return out
 
     def edit(self, edits: Sequence[KvEdit]) -> None:
-        """Change the memory as llama_memory_seq_* do. Raises HomeinferError for what this memory can't."""
+        """Change the memory as llama_memory_seq_* do. Raises HomeinferError for what this memory can't, and, before
+        anything changes, for numbers that llama.cpp would abort on."""
+        for edit in edits:
+            check_edit(edit, self.spec.n_seq, self.spec.n_ctx)
         for edit in edits:
             match edit:
                 case Remove(sequence, start, end):
@@ -227,6 +230,17 @@ _DECODE_ERRORS = {
     1: "the context is full: start with a larger --ctx, or with a shorter text",
     2: "the computation was stopped",
 }
+
+
+def check_edit(edit: KvEdit, n_seq: int, n_ctx: int) -> None:
+    """Raises HomeinferError for sequences that there are not, and positions outside the context."""
+    named = (edit.sequence, edit.target) if isinstance(edit, Copy) else (edit.sequence,)
+    if not all(0 <= sequence < n_seq for sequence in named):
+        raise HomeinferError(f"a change of sequence {max(named, key=abs)}, where there are {n_seq}")
+    positions = () if isinstance(edit, Keep) else (edit.start, edit.end)
+    delta = edit.delta if isinstance(edit, Shift) else 0
+    if not all(-1 <= position <= n_ctx for position in positions) or abs(delta) > n_ctx:
+        raise HomeinferError(f"a change of positions outside the context of {n_ctx}")
 
 
 def check_batch_layout() -> None:

@@ -42,8 +42,11 @@ def default_folder() -> Path:
 
 def window_path(header: Header, first: int, last: int, folder: Path) -> Path:
     """The file that layers [first, last) of this very model have: the name holds a digest of what the
-    window says and holds, and of the source's sizes and modification times."""
-    sources = [(f.size, Path(f.path).stat().st_mtime_ns) for f in header.files]
+    window says and holds, and of the source's sizes and modification times. Raises HomeinferError when it is gone."""
+    try:
+        sources = [(f.size, Path(f.path).stat().st_mtime_ns) for f in header.files]
+    except OSError as problem:
+        raise HomeinferError(f"{problem.filename} can't be read any more: {problem.strerror}") from problem
     said = msgspec.json.encode((_FORMAT, sources, plan_window(header, first, last)), enc_hook=str)
     stem = Path(header.files[0].path).stem[:60]
     return folder / f"{stem}-{hashlib.sha256(said).hexdigest()[:16]}-{first}-{last}.gguf"
@@ -55,7 +58,7 @@ def cut_windows(
     """Write the window files of one model that are not there yet, and say where each is.
 
     Raises HomeinferError when the disk has too little room (checked before the first byte), when
-    the source is cut short, or when writing fails; no half-written file stays.
+    the source is cut short, or when writing fails; no file of this call stays then.
     """
     if header.truncated:
         raise HomeinferError(f"{header.files[0].path} is cut short: it can't be cut into windows; get it again")
@@ -68,8 +71,13 @@ def cut_windows(
     if missing:
         _make_folder(folder)
         _check_room(folder, sum(plan.nbytes + ALIGNMENT * len(plan.tensors) for plan, _ in missing))
-    for plan, path in missing:
-        write_window(header, plan, path, progress)
+    for number, (plan, path) in enumerate(missing):
+        try:
+            write_window(header, plan, path, progress)
+        except HomeinferError:
+            for _, written in missing[:number]:
+                written.unlink(missing_ok=True)
+            raise
     return paths
 
 

@@ -49,7 +49,7 @@ def references(model: Path, prompts: Sequence[str], limit: int, *, longest: int,
 def _reference(llama: llama_cpp.Llama, prompt: list[int], limit: int) -> Reference:
     tokens: list[int] = []
     margins: list[float] = []
-    llama.reset()
+    llama.reset()  # type: ignore[no-untyped-call]
     llama.eval(prompt)
     while len(tokens) < limit:
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),))
@@ -69,6 +69,7 @@ def agreement(expected: Sequence[Reference], answers: Sequence[Sequence[int]]) -
     """
     compared = ties = 0
     for number, (reference, answer) in enumerate(zip(expected, answers, strict=True)):
+        assert len(answer) == len(reference.tokens), f"answer {number} has {len(answer)} tokens"
         wrong = [i for i, (a, b) in enumerate(zip(reference.tokens, answer, strict=True)) if a != b]
         first = wrong[0] if wrong else len(answer)
         if wrong and reference.margins[first] >= NEAR:

@@ -69,9 +69,12 @@ class Links:
         self._receiver: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._receiver.maxmsgsize = max_bytes
         self._receiver.rcvtimeo = patience_ms
-        self._secure(listen, self._receiver)
         try:
+            self._secure(listen, self._receiver)
             self._receiver.bind(listen)
+        except HomeinferError:
+            self.close()
+            raise
         except zmq.ZMQError as problem:
             self.close()
             raise HomeinferError(f"can't listen at {listen}: {problem.strerror}") from problem
@@ -93,11 +96,12 @@ class Links:
     def sender(self, peer: Peer) -> zmq.Socket[bytes]:
         """The socket to a peer, for `send`. Raises HomeinferError for a network address without its key."""
         if peer not in self._senders:
+            is_file = peer.address.startswith("ipc://")
+            if not is_file and (self._keys is None or peer.public is None):
+                raise HomeinferError(f"{peer.address} would be reached in the clear: a ring needs keys there")
             sender: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
             sender.linger = 1000
-            if not peer.address.startswith("ipc://"):
-                if self._keys is None or peer.public is None:
-                    raise HomeinferError(f"{peer.address} would be reached in the clear: a ring needs keys there")
+            if not is_file and self._keys is not None and peer.public is not None:
                 sender.curve_serverkey = peer.public.encode()
                 sender.curve_publickey = self._keys.public.encode()
                 sender.curve_secretkey = self._keys.secret.encode()

@@ -1,0 +1,42 @@
+"""The scripts that README promises, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from homeinfer.cli.opening import default_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A script with its window files in `folder`, without standard input."""
+    environment = {**os.environ, "HOMEINFER_WINDOWS": str(folder)}
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=True,
+    )
+
+
+def test_the_demo_quantizes_shows_the_plan_and_answers_through_three_devices(tmp_path: Path) -> None:
+    done = run("./scripts/demo", "-p", "What is the capital of France?", folder=tmp_path)
+    assert "Paris" in done.stdout
+    assert all(f"device-{i}" in done.stderr for i in (1, 2, 3))
+
+
+def test_the_window_benchmark_prints_the_ratios_it_is_named_for(tmp_path: Path) -> None:
+    few = ("--rounds", "1", "--tokens", "3", "--prompt", "8", "--threads", "1")
+    said = json.loads(run(sys.executable, "scripts/bench_window.py", default_model(), *few, folder=tmp_path).stdout)
+    ratios = ("layerwindow_decode_ratio", "layerwindow_prefill_ratio", "ring3_tpot_ratio", "hop_overhead_ms")
+    assert all(said[name] > 0 for name in ratios)
+    assert set(said["tpot_ms"]) == {"llama_cpp", "layerwindow", "three_windows", "ring3"}
