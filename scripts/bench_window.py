@@ -28,6 +28,7 @@ import numpy as np
 from homeinfer.cluster.local import RingOptions, plan_windows, start_local_ring, window_specs
 from homeinfer.engine import runtime
 from homeinfer.engine.pipeline import Batch, Floats, Remove
+from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
 
 N_CTX = 1024
@@ -232,6 +233,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--prompt", type=int, default=512)
     a = parser.parse_args()
+    try:
+        read_header(a.model)
+    except HomeinferError as problem:
+        raise SystemExit(f"bench_window: {problem}") from None
     blocks = measure(a.model, a.threads, a.rounds, a.prompt, a.tokens)
     said = {
         "model": Path(a.model).name,
