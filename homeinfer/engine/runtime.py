@@ -47,10 +47,10 @@ def prepare_environment(environment: dict[str, str] | os._Environ[str] = os.envi
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of an engine process: OpenMP as above, and malloc that asks for huge pages.
 
-    Weights are read at random places by all cores; with 4 kB pages a decode step spends 4 to 5 % of its time
-    looking addresses up (measured with 3 windows and with one, 1.2B Q4_K_M). glibc reads its setting once, at the
-    start of a process, and elsewhere than on Linux nobody does. llama.cpp's own backtraces are off: they start a
-    debugger, and what failed is in its last line.
+    With 4 kB pages a decode step spends 2 to 3 % of its time looking addresses up: by that much LayerWindow is
+    faster than llama.cpp without this in scripts/bench_window.py (1.2B Q4_K_M). glibc reads its setting once, at
+    the start of a process; elsewhere than on Linux nobody does. llama.cpp's own backtraces are off: they start
+    a debugger, and what failed is in its last line.
     """
     made = dict(environment)
     prepare_environment(made)
