@@ -25,11 +25,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from homeinfer.cluster.local import RingOptions, plan_windows, start_local_ring, window_specs
+from homeinfer.cluster.local import RingOptions, start_local_ring, window_specs
 from homeinfer.engine import runtime
 from homeinfer.engine.pipeline import Batch, Floats, Remove
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
+from homeinfer.model.window_plan import split_layers
 
 N_CTX = 1024
 N_BATCH = 512
@@ -78,7 +79,7 @@ class Windows:
 
         header = read_header(model)
         options = RingOptions(devices=count, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads)
-        self._windows = [LayerWindow(s) for s in window_specs(header, plan_windows(header, options), options)]
+        self._windows = [LayerWindow(s) for s in window_specs(header, split_layers(header, count), options)]
 
     def forward(self, batch: Batch) -> Floats:
         rows: Any = batch.tokens

@@ -11,14 +11,14 @@ import msgspec
 import typer
 
 from homeinfer.cli import ui
-from homeinfer.cluster.local import RingOptions, plan_windows, start_local_ring
+from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.engine.generate import Generator
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_file import default_folder, missing_bytes
-from homeinfer.model.window_plan import layer_bytes, n_layers
+from homeinfer.model.window_plan import layer_bytes, n_layers, split_layers
 
 ModelArgument = Annotated[
     Path | None,
@@ -74,7 +74,7 @@ def opened(model: Path | None, options: RingOptions, *, quiet: bool = False) -> 
     header = read_header(model or default_model())
     check_generates(header)
     tokenizer = Tokenizer(header.files[0].path)
-    windows = plan_windows(header, options)
+    windows = split_layers(header, options.devices)
     to_cut = missing_bytes(header, windows, default_folder()) if len(windows) > 1 else 0
     names = [f"device-{i + 1} (layers {ui.layer_range(first, last)})" for i, (first, last) in enumerate(windows)]
     with ui.copying("cutting windows", to_cut) as on_cut, ui.loading(names) as on_load:

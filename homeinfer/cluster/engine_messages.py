@@ -62,6 +62,5 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-ToEngine = Setup | Routes
 FromEngine = Listening | Loading | Ready | Beat | Failed
 BEAT_SECONDS = 2.0

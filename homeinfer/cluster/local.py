@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import tempfile
@@ -41,7 +40,6 @@ class RingOptions(msgspec.Struct, frozen=True):
     gpu_layers: int = 0
     resident: bool = True
     flash_attention: bool = False
-    cuts: tuple[int, ...] | None = None
     network: bool = False
 
 
@@ -57,16 +55,6 @@ def threads(wanted: int) -> int:
         return wanted
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
-
-
-def plan_windows(header: Header, options: RingOptions) -> tuple[tuple[int, int], ...]:
-    """Layers [first, last) of each device, in ring order. Raises HomeinferError when the model can't be
-    cut so often."""
-    n = n_layers(header)
-    if options.cuts is not None:
-        edges = (0, *options.cuts, n)
-        return tuple(itertools.pairwise(edges))
-    return split_layers(header, options.devices)
 
 
 def window_specs(
@@ -110,7 +98,7 @@ def start_local_ring(
     on_cut gets the bytes written for missing window files, on_load each device's share of weights loaded.
     Raises HomeinferError when the model can't be cut so, or an engine does not come up; nothing stays behind.
     """
-    specs = window_specs(header, plan_windows(header, options), options, on_cut)
+    specs = window_specs(header, split_layers(header, options.devices), options, on_cut)
     starter = _Starter(specs, most_logits(header, options), network=options.network)
     try:
         starter.start()
@@ -178,7 +166,6 @@ class _Starter:
         ready = [engine.ready for engine in self._engines if engine.ready is not None]
         shape = RingShape(
             epoch=self._epoch,
-            hops=len(self._engines),
             first=peers[0],
             n_vocab=ready[-1].n_vocab,
             n_ctx=self._specs[0].n_ctx,

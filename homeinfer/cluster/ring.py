@@ -29,10 +29,9 @@ CHECK_MS = 200
 
 
 class RingShape(msgspec.Struct, frozen=True):
-    """What the head knows of a ring: `hops` windows in order, the first behind `first`."""
+    """What the head knows of a ring, whose first window is behind `first`."""
 
     epoch: int
-    hops: int
     first: Peer
     n_vocab: int
     n_ctx: int

@@ -141,6 +141,8 @@ def split_layers(header: Header, parts: int) -> tuple[tuple[int, int], ...]:
     Raises HomeinferError when there are fewer places to cut than that.
     """
     n = n_layers(header)
+    if parts == 1 and n > 0:
+        return ((0, n),)  # nothing is cut: any architecture
     weights = layer_bytes(header, n)
     total = [0]
     for w in weights:

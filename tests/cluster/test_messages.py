@@ -159,7 +159,7 @@ class DeviceEnd:
         self.links = Links(f"ipc://{folder}/device", patience_ms=10_000)
         head = Links(f"ipc://{folder}/head", patience_ms=100)
         self._to_head = self.links.sender(Peer(head.address))
-        shape = RingShape(9, 1, Peer(self.links.address), n_vocab=4, n_ctx=8, n_batch=8, can_shift=True, devices=())
+        shape = RingShape(9, Peer(self.links.address), n_vocab=4, n_ctx=8, n_batch=8, can_shift=True, devices=())
         self.ring = RingPipeline(shape, head, lambda: None, lambda: None)
 
     def say(self, epoch: int, step: int, value: float) -> None:

@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 from homeinfer.cluster import engine_process
-from homeinfer.cluster.local import RingOptions, plan_windows, start_local_ring
+from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.engine.generate import Generator
 from homeinfer.engine.pipeline import Batch
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_file import cut_windows
+from homeinfer.model.window_plan import split_layers
 from tests.support.processes import engines, wait_until
 from tests.support.reference import GREEDY
 
@@ -35,7 +36,7 @@ def header(smollm2_path: Path) -> Header:
 
 def second(header: Header) -> str:
     """What the second of three devices is called."""
-    first, last = plan_windows(header, THREE)[1]
+    first, last = split_layers(header, THREE.devices)[1]
     return f"device-2 (layers {first}-{last - 1})"
 
 
@@ -67,7 +68,7 @@ def answer_until(header: Header, at_third_token: Callable[[], None]) -> tuple[st
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_an_engine_killed_in_mid_answer_is_named(number: int, header: Header, temp_folder: Path) -> None:
-    first, last = plan_windows(header, THREE)[number - 1]
+    first, last = split_layers(header, THREE.devices)[number - 1]
     line, seconds = answer_until(header, lambda: engines()[number - 1].kill())
     assert line.startswith(f"the engine of device-{number} (layers {first}-{last - 1}) ended: killed by SIGKILL")
     assert seconds < 3
@@ -107,7 +108,7 @@ def test_a_damaged_window_file_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HOMEINFER_WINDOWS", str(tmp_path))
-    path = cut_windows(header, plan_windows(header, THREE), tmp_path)[1]
+    path = cut_windows(header, split_layers(header, THREE.devices), tmp_path)[1]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(HomeinferError) as failure:
         start_local_ring(header, THREE)

@@ -16,8 +16,6 @@ import numpy as np
 from homeinfer.engine.pipeline import Batch, Floats, KvEdit
 from homeinfer.errors import HomeinferError
 
-PROTOCOL = 1
-
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 
 
