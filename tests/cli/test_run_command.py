@@ -20,7 +20,7 @@ from homeinfer.cli.run import RunResult
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.model.architectures_refused import REFUSED
 from homeinfer.model.header import read_header
-from tests.support.processes import engines, wait_until
+from tests.support.processes import ENDLESS, engines, wait_until
 
 RUN = [sys.executable, "-m", "homeinfer", "run"]
 SMALL = ("--threads", "1", "--ctx", "256")
@@ -252,7 +252,7 @@ def test_text_is_the_answer_alone() -> None:
 def start_endless(*options: str) -> subprocess.Popen[str]:
     """An answer that does not end soon, of which some has been said."""
     process = subprocess.Popen(
-        [*RUN, "-p", TALK, "--raw", "-n", "4000", *SMALL, *options],
+        [*RUN, *ENDLESS, *SMALL, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

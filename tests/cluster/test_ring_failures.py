@@ -22,7 +22,7 @@ from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_file import cut_windows
 from homeinfer.model.window_plan import split_layers
-from tests.support.processes import engines, wait_until
+from tests.support.processes import ENDLESS, engines, wait_until
 from tests.support.reference import GREEDY
 
 THREE = RingOptions(devices=3, n_ctx=256, n_threads=1)
@@ -147,7 +147,7 @@ def test_closing_twice_is_closing_once(header: Header, temp_folder: Path) -> Non
 
 def start_head(*options: str) -> subprocess.Popen[bytes]:
     """`homeinfer run` with an answer that does not end soon, on three devices."""
-    command = [sys.executable, "-m", "homeinfer", "run", "-p", "Count to a thousand.", "--raw", "-n", "4000"]
+    command = [sys.executable, "-m", "homeinfer", "run", *ENDLESS]
     return subprocess.Popen(
         [*command, "--local-ring", "3", "--threads", "1", *options],
         stdout=subprocess.PIPE,

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import psutil
 
+ENDLESS = ("-p", "1, 2, 3, 4, 5, 6,", "--raw", "--temp", "0", "-n", "4000")
+"""Options of `homeinfer run` for an answer that surely goes on: SmolLM2 counts, and nothing is drawn by lot."""
+
 
 def engines(pid: int | None = None) -> list[psutil.Process]:
     """The engine processes that this process, or the one with this pid, has started, in that order."""
