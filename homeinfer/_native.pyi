@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from typing_extensions import CapsuleType
 
 def capture_new(
@@ -34,4 +36,59 @@ def runner_forward(capsule: CapsuleType, n: int, index: object, rows: object, /)
     """
 
 def batch_layout() -> tuple[int, ...]: ...
+def tap_new(
+    ggml_nbytes: int,
+    ggml_backend_tensor_get: int,
+    mul_mat: int,
+    mul_mat_id: int,
+    weights: Sequence[tuple[str, int, int, int, object, object]],
+    /,
+) -> CapsuleType:
+    """Two addresses, two numbers of enum ggml_op, and per weight (name, mode, n_in, n_mat, values, counts).
+
+    Mode 0 adds squares to values (float64 [n_mat, n_in]) and rows to counts (int64 [n_mat]; only the first when no
+    experts are chosen); mode 1 copies rows to values (float32 [any, n_in]), counts is None. Buffers stay the
+    caller's and are held. Raises ValueError for buffers that are too small, and for names that come twice.
+    """
+
+def tap_pointers(capsule: CapsuleType, /) -> tuple[int, int]: ...
+def tap_begin(capsule: CapsuleType, /) -> None:
+    """To be called before every llama_decode: rows are written from the start of their buffers again."""
+
+def tap_state(capsule: CapsuleType, /) -> tuple[str | None, int, list[tuple[int, int, int]]]:
+    """What went wrong since tap_begin (or None), with which weight, and per weight: kind (0 not seen yet, 1 a plain
+    product, 2 one with chosen experts), rows in its buffer, index of the weight whose buffer holds its rows (or -1)."""
+
+def tensor_fields(address: int, /) -> tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str]:
+    """(type, op, ne, nb, the first three src, data, name) of a struct ggml_tensor as compiled here."""
+
+def round_super_block(
+    type: int,
+    rows: int,
+    n: int,
+    weights: object,
+    blocks: object,
+    upper: object,
+    inverse_diagonal: object,
+    factors: object,
+    first: object,
+    second: object,
+    first_of: object,
+    second_of: object,
+    code: object,
+    /,
+) -> None:
+    """One super-block column of n (up to 256) weights with error feedback; the GIL is released meanwhile.
+
+    weights: float32 [rows, n], become the errors e with proxy loss sum(e^2); blocks: uint8 [rows, bytes], whose scales
+    come in and whose codes and scales go out; upper: float32 [n, 256], inverse_diagonal: float32 [n] (Factor); factors:
+    float32 [any, 2], scale and minimum are tried times each. A grid is given as its vectors' different halves
+    first, second (float32 [any, vector / 2]), which of them each entry has (first_of, second_of: uint8 [entries]) and
+    its index in the format's grid (code: uint16 [entries]); empty for types without. Raises ValueError for what does
+    not fit together.
+    """
+
+def half_bits(values: object, bits: object, /) -> None:
+    """Rounds float32 values to halves: their bits go to `bits` (uint16), what they stand for stays in `values`."""
+
 def spin(n: int, /) -> None: ...

@@ -1,5 +1,7 @@
 /* The module homeinfer._native: its functions, and the busy wait that times a spin count. */
 #include "capture.h"
+#include "rounding.h"
+#include "tap.h"
 
 #if defined(_MSC_VER)
 #include <intrin.h>
@@ -45,6 +47,17 @@ static PyMethodDef methods[] = {
      "runner_forward(capsule, n, index, rows) -> (status, out, microseconds)\n\nSee homeinfer/_native.pyi."},
     {"batch_layout", batch_layout, METH_NOARGS,
      "batch_layout() -> tuple\n\nOffsets of struct llama_batch's fields as compiled here, then its size."},
+    {"tap_new", tap_new, METH_VARARGS,
+     "tap_new(ggml_nbytes, ggml_backend_tensor_get, mul_mat, mul_mat_id, weights) -> capsule\n\n"
+     "See homeinfer/_native.pyi."},
+    {"tap_pointers", tap_pointers, METH_O,
+     "tap_pointers(capsule) -> (cb_eval, cb_eval_user_data)\n\nValid while the capsule lives."},
+    {"tap_begin", tap_begin, METH_O, "tap_begin(capsule)\n\nTo be called before every llama_decode."},
+    {"tap_state", tap_state, METH_O, "tap_state(capsule) -> (problem, culprit, weights)\n\nSee homeinfer/_native.pyi."},
+    {"tensor_fields", tensor_fields, METH_O, "tensor_fields(address) -> tuple\n\nA ggml_tensor as compiled here."},
+    {"round_super_block", round_super_block, METH_VARARGS,
+     "round_super_block(type, rows, n, weights, blocks, ...)\n\nSee homeinfer/_native.pyi."},
+    {"half_bits", half_bits, METH_VARARGS, "half_bits(values, bits)\n\nRounds values to halves, in place."},
     {"spin", spin, METH_O, "spin(n)\n\nn steps of a busy wait, to time one."},
     {NULL, NULL, 0, NULL},
 };

@@ -27,6 +27,16 @@ def windows_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kept_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where quantization keeps what it measured in this session, instead of the user's cache."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOMEINFER_KEPT", str(folder))
+        yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct: a llama of 30 layers."""

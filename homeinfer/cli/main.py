@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
+from typer.models import CommandInfo
 
 from homeinfer import __version__
-from homeinfer.cli.chat import chat
-from homeinfer.cli.model import model
-from homeinfer.cli.quantize import quantize
-from homeinfer.cli.run import run
 from homeinfer.errors import HomeinferError
+
+_COMMANDS = ("chat", "run", "quantize", "imatrix", "evaluate", "model")
+
+
+class _Commands(TyperGroup):
+    """Imports a command when it is asked for: `homeinfer quantize` starts without what chat needs."""
+
+    def list_commands(self, _ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, _ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _COMMANDS:
+            return None
+        function = getattr(importlib.import_module(f"homeinfer.cli.{cmd_name}"), cmd_name)
+        info = CommandInfo(name=cmd_name, callback=function)
+        return typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="rich")
+
 
 app = typer.Typer(
     name="homeinfer",
+    cls=_Commands,
     help="Runs language models too big for any one machine at home on all of them together.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, run, quantize, model):
-    app.command()(command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,25 +1,47 @@
-"""`homeinfer quantize`: a GGUF made smaller by a recipe."""
+"""`homeinfer quantize`: a GGUF made smaller by a recipe, or to a size."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from rich import box
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
-from rich.table import Table
-from rich.text import Text
 
-from homeinfer.quant.quantize import Progress, QuantizeResult
+from homeinfer.cli.quantize_options import (
+    BpwOption,
+    DestinationArgument,
+    DryRunOption,
+    FitOption,
+    ForceOption,
+    ImatrixOption,
+    JsonOption,
+    RecipeOption,
+    ReportOption,
+    RequantizeOption,
+    SizeOption,
+    SourceArgument,
+    TensorOption,
+    TextOption,
+    ThreadsOption,
+    budget_for,
+    default_destination,
+    megabytes,
+    require_one_way,
+    wrong_usage,
+)
+from homeinfer.cli.quantize_progress import fraction_bar, stage_bar, tensor_bar
+from homeinfer.errors import HomeinferError
+from homeinfer.model.header import Header, read_header
+from homeinfer.quant.budget import Budget, check_budget
+from homeinfer.quant.dry_run import dry_run as dry_run_of
+from homeinfer.quant.dry_run import refuse_early
+from homeinfer.quant.importance import gather_importance, read_importance, stand_in_importance
+from homeinfer.quant.quantize import QuantizeResult
 from homeinfer.quant.quantize import quantize as quantize_file
 from homeinfer.quant.recipes import RECIPES
+from homeinfer.quant.tensor_rules import TensorRule, parse_tensor_rule
 
 _INTERRUPTED = 130
 
@@ -27,81 +49,159 @@ _INTERRUPTED = 130
 def _list_recipes(wanted: bool) -> None:
     if not wanted:
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("recipe", "bpw of Llama 3 8B", "imatrix", "what it is"):
-        table.add_column(heading, justify="right" if heading.startswith("bpw") else "left")
-    for info in RECIPES.values():
-        table.add_row(info.name, f"{info.bpw:.2f}", "needed" if info.needs_imatrix else "", info.about)
-    Console().print(table)
+    from homeinfer.cli import quantize_tables
+
+    quantize_tables.show_recipes(RECIPES.values())
     raise typer.Exit
 
 
 def quantize(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="The F16 or BF16 model: a GGUF file, or any part of a split one.")
-    ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The GGUF file to write.")],
-    recipe: Annotated[
-        str,
-        typer.Option(metavar="NAME", help=f"How small, in any case: {', '.join(RECIPES)}. --list-recipes says more."),
-    ],
-    requantize: Annotated[
-        bool, typer.Option("--requantize", help="Take a source that is quantized already; some quality is lost.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite DST if it exists.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores unless given.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    source: SourceArgument,
+    destination: DestinationArgument = None,
+    recipe: RecipeOption = None,
+    bpw: BpwOption = None,
+    size: SizeOption = None,
+    fit: FitOption = None,
+    imatrix: ImatrixOption = None,
+    text: TextOption = None,
+    tensor: TensorOption = None,
+    dry_run: DryRunOption = False,
+    report: ReportOption = None,
+    requantize: RequantizeOption = False,
+    force: ForceOption = False,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
     _list: Annotated[
         bool,
         typer.Option("--list-recipes", callback=_list_recipes, is_eager=True, help="Show all recipes and exit."),
     ] = False,
 ) -> None:
-    """Make a model smaller: write SRC to DST with fewer bits per weight, as a recipe says.
+    """Make a model smaller: write SRC to DST with fewer bits per weight.
+
+    Say how small in one of three ways: a recipe, a budget in bits or bytes, or the machines that are to run it.
+    Without a recipe the bits go where measuring the model shows that they matter most.
+
+    Example, a recipe: homeinfer quantize model-F16.gguf --recipe DQ3_K_M
+
+    Example, a budget: homeinfer quantize model-F16.gguf small.gguf --bpw 3.5 (or --size 40GB)
+
+    Example, a cluster: homeinfer quantize model-F16.gguf small.gguf --fit desk.json --fit laptop.json
+
+    A recipe file is TOML: name, and base (a recipe) or default (a type), then \\[\\[rule]] tables with a type and any
+    of role = "ffn_down", layers = "0-3, -1", depth = \\[0.0, 0.25], tensor = "REGEX"; the first that matches decides.
 
     The result runs in any llama.cpp. SRC stays as it is; DST appears when it is complete.
-
-    Example: homeinfer quantize model-F16.gguf model.gguf --recipe DQ3_K_M
-
-    Example: homeinfer quantize big-00001-of-00004.gguf small.gguf --recipe Q4_K_M
     """
-    errors = Console(stderr=True)
+    label = require_one_way(recipe, bpw, size, fit)
+    if recipe is not None and report is not None:
+        wrong_usage("--report shows what was measured: it goes with --bpw, --size and --fit, not with --recipe")
+    if imatrix is not None and text:
+        wrong_usage("--imatrix and --text both say what counts; give one of them")
+    rules = [parse_tensor_rule(rule) for rule in tensor or ()]
+    target = destination or default_destination(source, label)
     try:
-        with _progress_bar(errors, destination.name) as on_progress:
-            result = quantize_file(
-                source, destination, recipe, requantize=requantize, force=force, threads=threads,
-                on_progress=on_progress,
-            )  # fmt: skip
+        if dry_run and recipe is not None:
+            _show_dry_run(source, recipe, rules, imatrix, text or (), json)
+            return
+        if recipe is not None:
+            result = _to_recipe(source, target, recipe, rules, imatrix, text or (), requantize, force, threads)
+        else:
+            header = read_header(source, allow_truncated=dry_run)
+            budget = budget_for(header, bpw, size, fit)
+            asked = (
+                f"--fit {' '.join(map(str, fit))}" if fit else f"--bpw {bpw:g}" if bpw is not None else f"--size {size}"
+            )
+            result = _to_budget(
+                header, target, budget, asked, dry_run, rules, imatrix, text or (), report, requantize, force, threads
+            )
     except KeyboardInterrupt:
         typer.echo("homeinfer: interrupted: nothing was written", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    for note in result.notes:
-        errors.print(Text(note, "yellow"), soft_wrap=True)
+    _show_notes(result.notes)
     typer.echo(msgspec.json.encode(result) if json else _summary(result))
 
 
+def _to_recipe(
+    source: Path,
+    target: Path,
+    recipe: str,
+    rules: Sequence[TensorRule],
+    imatrix: Path | None,
+    texts: Sequence[Path],
+    requantize: bool,
+    force: bool,
+    threads: int | None,
+) -> QuantizeResult:
+    importance = None
+    if imatrix is not None:
+        importance = read_importance(imatrix, read_header(source))
+    elif texts:
+        header = refuse_early(
+            source, target, recipe, tensor_rules=rules, texts=texts, requantize=requantize, force=force
+        )  # fmt: skip
+        with fraction_bar(f"reading {texts[0].name}") as on_fraction:
+            importance = gather_importance(header, texts, threads=threads, on_progress=on_fraction)
+    with tensor_bar(target.name) as on_progress:
+        return quantize_file(
+            source, target, recipe, tensor_rules=rules, importance=importance, requantize=requantize, force=force,
+            threads=threads, on_progress=on_progress,
+        )  # fmt: skip
+
+
+def _to_budget(
+    header: Header,
+    target: Path,
+    budget: Budget,
+    asked: str,
+    dry_run: bool,
+    rules: Sequence[TensorRule],
+    imatrix: Path | None,
+    texts: Sequence[Path],
+    report: Path | None,
+    requantize: bool,
+    force: bool,
+    threads: int | None,
+) -> QuantizeResult:
+    check_budget(header, budget)
+    if dry_run:
+        raise HomeinferError(
+            f"{budget.says}: that is a file of at most {budget.limit_bytes:,} bytes; its types are found by "
+            "measuring the model, which a dry run doesn't do: leave --dry-run out, or give a --recipe"
+        )
+    from homeinfer.quant.dynamic import quantize_to_budget
+
+    with stage_bar() as on_progress:
+        return quantize_to_budget(
+            header, target, budget.limit_bytes, imatrix=imatrix, text=tuple(texts), tensor_overrides=tuple(rules),
+            requantize=requantize, force=force, threads=threads, report=report, asked=asked, on_progress=on_progress,
+        )  # fmt: skip
+
+
+def _show_dry_run(
+    source: Path, recipe: str, rules: Sequence[TensorRule], imatrix: Path | None, texts: Sequence[Path], json: bool
+) -> None:
+    importance = None
+    if imatrix is not None:
+        importance = read_importance(imatrix, read_header(source, allow_truncated=True))
+    elif texts:
+        importance = stand_in_importance(texts)
+    found = dry_run_of(source, recipe, tensor_rules=rules, importance=importance)
+    _show_notes(found.notes)
+    if json:
+        typer.echo(msgspec.json.encode(found))
+        return
+    from homeinfer.cli import quantize_tables
+
+    quantize_tables.show_types(found)
+
+
+def _show_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        typer.secho(note, fg="yellow", err=True)
+
+
 def _summary(result: QuantizeResult) -> str:
-    size = decimal(result.size_bytes, precision=2)
-    return f"{result.path}: {result.recipe}, {size}, {result.bpw:.2f} bpw, {result.seconds:.1f} s"
-
-
-@contextlib.contextmanager
-def _progress_bar(console: Console, name: str) -> Iterator[Callable[[Progress], None]]:
-    """A bar with the time left, shown only on a terminal and gone at the end."""
-    bar = ProgressBar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[tensor]}", markup=False, style="dim"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(name, total=1.0, tensor="")
-
-        def show(progress: Progress) -> None:
-            tensor = f"{progress.index}/{progress.count} {progress.tensor}"
-            bar.update(task, completed=progress.fraction, tensor=tensor)
-
-        yield show
+    size = megabytes(result.size_bytes)
+    kld = getattr(result, "mean_kld", None)
+    quality = f", mean KLD {kld:.4f}" if kld is not None else ""
+    return f"{result.path}: {result.recipe}, {size}, {result.bpw:.2f} bpw{quality}, {result.seconds:.1f} s"

@@ -7,22 +7,40 @@ run does, see quantize.py); DQ3_K_M lists a type for every tensor that llama.cpp
 from __future__ import annotations
 
 import difflib
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import msgspec
 
 from homeinfer.errors import HomeinferError
-from homeinfer.model.header import TYPE_SIZES, Header, TensorInfo, printable
+from homeinfer.model.header import Header, printable
+from homeinfer.quant.dq3_k_m import dq3_k_m_types
+from homeinfer.quant.tensor_types import fitting_type, keeps_type, misfit_note, tensor_bytes
+
+__all__ = [
+    "RECIPES",
+    "PlannedTensor",
+    "Recipe",
+    "RecipeInfo",
+    "dq3_k_m",
+    "fitting_type",
+    "is_complete",
+    "keeps_type",
+    "misfit_note",
+    "plan",
+    "recipe_for",
+    "recipe_info",
+    "tensor_bytes",
+]
 
 
 class Recipe(msgspec.Struct, frozen=True):
     """What to make of one model.
 
     ftype is llama.cpp's (enum llama_ftype), for `general.file_type` and for tensors without an
-    override; overrides are (tensor, type); copy leaves every type as it is.
+    override; overrides are (tensor, type); copy leaves every type as it is; file_type, when given, is what
+    `general.file_type` says instead of ftype; metadata are further keys of the written file. llama.cpp
+    heeds overrides only where ftype's default type is a quantized one.
     """
 
     name: str
@@ -30,6 +48,8 @@ class Recipe(msgspec.Struct, frozen=True):
     overrides: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     copy: bool = False
+    file_type: int | None = None
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 class RecipeInfo(msgspec.Struct, frozen=True):
@@ -95,36 +115,6 @@ RECIPES: Mapping[str, RecipeInfo] = MappingProxyType({info.name: info for info i
 """Every recipe by name, as `homeinfer quantize --list-recipes` shows them."""
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
-_KEPT = re.compile(
-    r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|ssm_conv1d"
-    r"|shortconv\.conv\.|indexer\.[kq]_proj|attn_rel_b|position_embd|^token_types"
-    r"|time_mix_(first|[wav][012]|g[12]|decay_w[12]|lerp_fused)\.weight"
-)
-_LAYER_TENSOR = re.compile(r"(?P<stack>(?:enc\.|dec\.)?)blk\.(?P<layer>\d+)\.(?P<role>.+)\.weight")
-
-_SUBSTITUTES = {
-    **dict.fromkeys(("Q2_K", "Q3_K", "IQ3_S", "IQ4_XS", "Q4_K"), "IQ4_NL"),
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}
-"""The 32-wide type of about the same bits and error. llama.cpp's tensor_type_fallback takes Q5_0 for
-Q4_K and Q4_0 for Q3_K; IQ4_NL has Q4_K's 4.5 bits and 1.07 times its error on normal weights, Q4_0 1.2."""
-
-_EVERY_MODEL = {
-    **dict.fromkeys(("output", "attn_v", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b"), "Q6_K"),
-    **dict.fromkeys(("token_embd", "per_layer_token_embd", "attn_output"), "Q4_K"),
-    **dict.fromkeys(("attn_q", "attn_q_a", "attn_q_b", "attn_k"), "Q4_K"),
-    "attn_qkv": "Q5_K",
-}
-_MIXTURE = {
-    **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"), "Q3_K"),
-    **dict.fromkeys(("ffn_gate_chexps", "ffn_up_chexps"), "Q3_K"),
-    **dict.fromkeys(("ffn_gate", "ffn_up", "ffn_gate_shexp", "ffn_up_shexp"), "Q4_K"),
-    **dict.fromkeys(("ffn_down", "ffn_down_shexp", "ffn_down_chexps"), "Q6_K"),
-}
-_DENSE = dict.fromkeys(("ffn_gate", "ffn_up"), "Q3_K")
-_SMALL_SHARE = 0.01
-
 
 def recipe_info(name: str) -> RecipeInfo:
     """The recipe of that name, in any case; HomeinferError with the closest names when there is none."""
@@ -147,27 +137,6 @@ def recipe_for(name: str, header: Header) -> Recipe:
     return Recipe(info.name, info.ftype, copy=info.name == "COPY")
 
 
-def keeps_type(tensor: TensorInfo) -> bool:
-    """Whether llama.cpp leaves this tensor as it is, as tensor_allows_quantization does: vectors,
-    norms, biases, routers and other small tensors."""
-    is_vector = all(extent == 1 for extent in tensor.shape[1:])
-    return is_vector or not tensor.name.endswith("weight") or _KEPT.search(tensor.name) is not None
-
-
-def fitting_type(wanted: str, width: int) -> str:
-    """The type nearest to `wanted` whose blocks a row of `width` weights can hold."""
-    for type_name in (wanted, _SUBSTITUTES.get(wanted, "F16")):
-        if width % TYPE_SIZES[type_name][0] == 0:
-            return type_name
-    return "F16"
-
-
-def tensor_bytes(tensor: TensorInfo, type_name: str) -> int:
-    """What the tensor's data takes as that type, in bytes."""
-    weights, size = TYPE_SIZES[type_name]
-    return tensor.n_weights // weights * size
-
-
 def plan(header: Header, types: Iterable[tuple[str, str]]) -> tuple[PlannedTensor, ...]:
     """Every tensor of the model with its new type; those that `types` does not name keep theirs."""
     chosen = dict(types)
@@ -179,78 +148,15 @@ def plan(header: Header, types: Iterable[tuple[str, str]]) -> tuple[PlannedTenso
 
 
 def dq3_k_m(header: Header) -> Recipe:
-    """DQ3_K_M (arXiv 2505.02390) as published for DeepSeek-shaped models, and a reading for others.
-
-    The down projections that carry the super weights (the experts' in a mixture, the layers' own in
-    a dense model) get Q6_K in the first two such layers, Q4_K in one of five of the rest, Q3_K in the
-    others; gate and up beside them Q3_K; everything else 4 to 6 bits.
-    """
-    roles = {tensor.name: _role(tensor.name) for tensor in header.tensors if not keeps_type(tensor)}
-    mixture = "ffn_down_exps" in roles.values()
-    types = _EVERY_MODEL | (_MIXTURE if mixture else _DENSE)
-    if header.tensor("output.weight") is None:
-        types["token_embd"] = types["output"]
-    down = _down_types(header, roles, "ffn_down_exps" if mixture else "ffn_down")
-    small = _small_roles(header, roles)
-    overrides, misfits = [], []
-    for tensor in header.tensors:
-        role = roles.get(tensor.name)
-        if role is None:
-            continue
-        wanted = down.get(tensor.name) or types.get(role) or ("Q6_K" if role in small else "Q4_K")
-        got = fitting_type(wanted, tensor.shape[0])
-        overrides.append((tensor.name, got))
-        if got != wanted:
-            misfits.append((wanted, got))
-    notes = [] if mixture and "attn_kv_a_mqa" in roles.values() else [_reading_note(header, mixture)]
-    notes += [misfit_note(misfits)] if misfits else []
-    return Recipe("DQ3_K_M", RECIPES["DQ3_K_M"].ftype, tuple(overrides), tuple(notes))
+    """DQ3_K_M (arXiv 2505.02390) as published for DeepSeek-shaped models, and a reading for others."""
+    types, notes = dq3_k_m_types(header)
+    return Recipe("DQ3_K_M", RECIPES["DQ3_K_M"].ftype, types, notes)
 
 
-def misfit_note(misfits: Iterable[tuple[str, str]]) -> str:
-    """One line on tensors that got another type because of their width: (wanted, got) of each."""
-    counts = Counter(misfits)
-    changes = ", ".join(f"{count} {got} for {wanted}" for (wanted, got), count in sorted(counts.items()))
-    return f"{counts.total()} tensors have rows that do not divide into the recipe's blocks: {changes}"
-
-
-def _role(name: str) -> str:
-    match = _LAYER_TENSOR.fullmatch(name)
-    return match["role"] if match else name.removesuffix(".weight")
-
-
-def _down_types(header: Header, roles: Mapping[str, str], role: str) -> dict[str, str]:
-    """Types of the down projections in layer order. Layers that predict further tokens (nextn) stand
-    behind the model's own and take the lowest."""
-    n_own = header.n_layer - int(header.arch_get("nextn_predict_layers", 0))
-    layers = []
-    for name in (name for name, its_role in roles.items() if its_role == role):
-        match = _LAYER_TENSOR.fullmatch(name)
-        if match:
-            layers.append((match["stack"], int(match["layer"]), name))
-    return {
-        name: "Q3_K" if layer >= n_own else _down_type(index) for index, (_, layer, name) in enumerate(sorted(layers))
-    }
-
-
-def _down_type(index: int) -> str:
-    if index < 2:
-        return "Q6_K"
-    return "Q4_K" if (index - 2) % 5 == 0 else "Q3_K"
-
-
-def _small_roles(header: Header, roles: Mapping[str, str]) -> set[str]:
-    """Roles whose tensors together hold less than a hundredth of the model's weights."""
-    weights: Counter[str] = Counter()
-    for tensor in header.tensors:
-        if tensor.name in roles:
-            weights[roles[tensor.name]] += tensor.n_weights
-    return {role for role, count in weights.items() if count < _SMALL_SHARE * header.n_weights}
-
-
-def _reading_note(header: Header, mixture: bool) -> str:
-    kind = "mixture-of-experts" if mixture else "dense"
-    return (
-        f"DQ3_K_M was published for DeepSeek's models; for this {kind} {header.architecture} model it is "
-        "homeinfer's reading of it"
-    )
+def is_complete(recipe: Recipe, header: Header) -> bool:
+    """Whether the recipe names a type for every tensor that llama.cpp would quantize, so that nothing
+    is left for llama.cpp to choose."""
+    if recipe.copy:
+        return True
+    named = {name for name, _ in recipe.overrides}
+    return all(tensor.name in named or keeps_type(tensor, header.architecture) for tensor in header.tensors)

@@ -1,6 +1,7 @@
 """The process that runs llama_model_quantize, which ends its process on what it dislikes.
 
-Started as `python -m homeinfer.quant.worker`. One Request comes in on stdin, one JSON line; out go
+Started as `python -m homeinfer.quant.worker`. One Request comes in on stdin, one JSON line, and behind it
+the imatrix as float32 values of this machine's byte order; out go
 Messages on stdout, one JSON line each: Planned, and after the line GO on stdin a Started for each
 tensor and Finished, or Failed at any point. From GO on the parent ends the worker by killing it, when
 the output has its final name; when stdin ends before, the parent is gone, and the worker removes what
@@ -9,7 +10,10 @@ it wrote and ends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.util
+import io
 import os
 import re
 import signal
@@ -23,60 +27,17 @@ import msgspec
 
 from homeinfer.engine import runtime
 from homeinfer.errors import HomeinferError
+from homeinfer.quant.quantizer_messages import GO, Failed, Finished, Message, Planned, Request, Started
 
-GO = b"go\n"
 _LOG_LEVEL_ERROR = 4
 _BUFFER_BYTES = 1 << 30
 """Rows of a tensor held in memory at once. llama.cpp's own 8 GiB is half of a home machine."""
 _TENSOR_LINE = re.compile(r"\[ *(\d+)/ *(\d+)\] (.+?) +- \[.*\], type = +(\S+), ")
 _SIZE_LINE = re.compile(r"size = .*?MiB(?: -> .*\((\w+)\))?\n")
 _MISFIT_LINE = re.compile(r"warning: (.+?) +- ncols +\d+ not divisible by +\d+ \(required for type +(\w+)\) ")
+_FLOAT_BYTES = 4
 _keep: list[object] = []
 """llama.cpp may call a log callback for as long as the process lives."""
-
-
-class Request(msgspec.Struct, frozen=True):
-    """What to quantize. Paths are the file system's bytes; overrides are (regular expression, ggml_type),
-    the first that matches a tensor's name decides; metadata is set beside what the source says."""
-
-    source: bytes
-    output: bytes
-    ftype: int
-    copy: bool
-    requantize: bool
-    threads: int
-    overrides: tuple[tuple[str, int], ...]
-    metadata: dict[str, str | int]
-
-
-class Planned(msgspec.Struct, frozen=True, tag="planned"):
-    """What llama.cpp is going to write: (tensor, type) in its order, and (tensor, type that its rows
-    do not fit) for those that get another type than their recipe's."""
-
-    types: tuple[tuple[str, str], ...]
-    misfits: tuple[tuple[str, str], ...]
-    needs_imatrix: bool
-
-
-class Started(msgspec.Struct, frozen=True, tag="started"):
-    """Tensor number `index` of `count`, from 1, is being quantized."""
-
-    index: int
-    count: int
-    name: str
-
-
-class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The output is complete."""
-
-
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """llama.cpp's reason, one line."""
-
-    reason: str
-
-
-Message = Planned | Started | Finished | Failed
 
 
 class QuantizeLog:
@@ -106,12 +67,13 @@ class QuantizeLog:
         elif level == _LOG_LEVEL_ERROR and text.strip():
             self._errors.append(" ".join(text.split()))
 
-    def reason(self) -> str:
+    def failure(self) -> Failed:
         """llama.cpp's last word, which is what made it give up."""
-        return self._errors[-1].rpartition("failed to quantize: ")[2] if self._errors else "no reason given"
+        reason = self._errors[-1].rpartition("failed to quantize: ")[2] if self._errors else "no reason given"
+        return Failed(reason, self._tensor[0])
 
 
-def _parameters(llama: Any, request: Request, dry_run: bool) -> Any:
+def _parameters(llama: Any, request: Request, values: bytearray, dry_run: bool) -> Any:
     params = llama.llama_model_quantize_default_params()
     params.nthread = request.threads
     params.ftype = request.ftype
@@ -133,11 +95,25 @@ def _parameters(llama: Any, request: Request, dry_run: bool) -> Any:
             else:
                 pair.tag, pair.value.val_i64 = llama.LLAMA_KV_OVERRIDE_TYPE_INT, value
         params.kv_overrides = pairs
+    if request.imatrix:
+        params.imatrix = _imatrix(llama, request, values)
     return params
 
 
-def run_quantizer(request: Request, log: QuantizeLog, dry_run: bool) -> bool:
-    """Whether llama_model_quantize succeeded; a dry run reads no weights and writes nothing."""
+def _imatrix(llama: Any, request: Request, values: bytearray) -> Any:
+    """llama_model_imatrix_data that points into values, ended by an empty one."""
+    entries = (llama.llama_model_imatrix_data * (len(request.imatrix) + 1))()
+    offset = 0
+    for entry, (name, count) in zip(entries, request.imatrix, strict=False):
+        entry.name, entry.size = name.encode("utf-8", "surrogateescape"), count
+        entry.data = ctypes.pointer(ctypes.c_float.from_buffer(values, offset))
+        offset += count * _FLOAT_BYTES
+    return entries
+
+
+def run_quantizer(request: Request, log: QuantizeLog, dry_run: bool, values: bytearray | None = None) -> bool:
+    """Whether llama_model_quantize succeeded; a dry run reads no weights and writes nothing. values are the
+    imatrix's."""
     llama = runtime.llama()
 
     @llama.llama_log_callback  # type: ignore[untyped-decorator]
@@ -146,7 +122,7 @@ def run_quantizer(request: Request, log: QuantizeLog, dry_run: bool) -> bool:
 
     _keep.append(feed)
     llama.llama_log_set(feed, ctypes.c_void_p(0))
-    params = _parameters(llama, request, dry_run)
+    params = _parameters(llama, request, values or bytearray(), dry_run)
     return bool(llama.llama_model_quantize(request.source, request.output, ctypes.byref(params)) == 0)
 
 
@@ -158,20 +134,45 @@ def _end_with_parent(output: bytes) -> None:
     os._exit(1)
 
 
+def _read_values(stdin: io.BufferedReader, count: int) -> bytearray:
+    values = bytearray(count * _FLOAT_BYTES)
+    rest = memoryview(values)
+    while rest and (got := stdin.readinto(rest)):
+        rest = rest[got:]
+    return values
+
+
 def _work(send: Callable[[Message], None]) -> None:
-    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
+    with contextlib.suppress(HomeinferError):
+        runtime.llama()  # while the parent still reads and checks; what fails here fails again below
+    stdin = sys.stdin.buffer
+    assert isinstance(stdin, io.BufferedReader)
+    line = stdin.readline()
+    if not line.endswith(b"\n"):
+        return
+    request = msgspec.json.decode(line, type=Request)
+    values = _read_values(stdin, sum(count for _, count in request.imatrix))
     plan = QuantizeLog()
-    if not run_quantizer(request, plan, dry_run=True):
-        send(Failed(plan.reason()))
+    if not run_quantizer(request, plan, True, values):
+        send(plan.failure())
         return
     send(Planned(tuple(plan.types), tuple(plan.misfits), plan.needs_imatrix))
-    if sys.stdin.buffer.readline() != GO:
+    if stdin.readline() != GO:
         return
     parent = threading.Thread(target=_end_with_parent, args=(request.output,), daemon=True)
     parent.start()
     log = QuantizeLog(started=send)
-    send(Finished() if run_quantizer(request, log, dry_run=False) else Failed(log.reason()))
+    send(Finished() if run_quantizer(request, log, False, values) else log.failure())
     parent.join()
+
+
+def _skip_package_start() -> None:
+    """llama_cpp's low-level module without what its package imports beside it: numpy, jinja2 and more take as
+    long as the quantizer's own start."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is not None and spec.submodule_search_locations is not None:
+        package = importlib.util.module_from_spec(spec)
+        sys.modules["llama_cpp"] = package
 
 
 def main() -> None:
@@ -180,6 +181,7 @@ def main() -> None:
     Ctrl-C reaches every process of the terminal: what it means is the parent's to say.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _skip_package_start()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 

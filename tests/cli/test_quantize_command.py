@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -13,10 +14,12 @@ import msgspec
 import psutil
 import pytest
 
+from homeinfer.cli.quantize_options import default_destination
 from homeinfer.model.header import read_header
 from homeinfer.quant.quantize import QuantizeResult
 from homeinfer.quant.recipes import RECIPES
 from tests.quant.f16_model import write_f16_model
+from tests.support.tiny_models import make_tiny_model
 
 HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "quantize"]
 ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
@@ -92,7 +95,8 @@ def test_json_is_one_object_and_notes_go_to_stderr(source: Path, tmp_path: Path)
 def test_help_lists_every_recipe_and_examples() -> None:
     shown = " ".join(quantize("--help").stdout.replace("│", " ").split())
     assert ", ".join(RECIPES) in shown
-    assert "homeinfer quantize model-F16.gguf model.gguf --recipe DQ3_K_M" in shown
+    for example in ("--recipe DQ3_K_M", "small.gguf --bpw 3.5 (or --size 40GB)", "small.gguf --fit desk.json"):
+        assert f"homeinfer quantize model-F16.gguf {example}" in shown
 
 
 def test_list_of_recipes_needs_no_model() -> None:
@@ -103,11 +107,101 @@ def test_list_of_recipes_needs_no_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [("a.gguf",), ("a.gguf", "b.gguf"), ("a.gguf", "b.gguf", "--recipe", "Q4_K_M", "--threads", "0")],
+    ("wrong", "words"),
+    [
+        ((), "say how small: --recipe NAME, --bpw X, --size 40GB or --fit PROFILE.json"),
+        (("--recipe", "Q4_K_M", "--bpw", "3.5"), "--recipe and --bpw both say how small; give one of them"),
+        (("--size", "1GB", "--fit", "a.json"), "--size and --fit both say how small; give one of them"),
+        (("--size", "40XB"), "--size: '40XB' is no size; write bytes, or a number such as 40GB"),
+        (("--bpw", "-1"), "--bpw: -1.0 bits per weight are none"),
+        (("--bpw", "nan"), "--bpw: nan bits per weight are none"),
+        (("--recipe", "Q4_K_M", "--report", "a.html"), "--report shows what was measured"),
+        (("--recipe", "Q4_K_M", "--imatrix", "a", "--text", "b"), "--imatrix and --text both say what counts"),
+    ],
 )
-def test_wrong_usage_exits_with_2(wrong: tuple[str, ...]) -> None:
-    assert quantize(*wrong).returncode == 2
+def test_wrong_usage_is_one_line_and_exit_code_2(wrong: tuple[str, ...], words: str) -> None:
+    ran = quantize("a.gguf", "b.gguf", *wrong)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"homeinfer: {words}")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_numbers_out_of_range_exit_with_2() -> None:
+    assert quantize("a.gguf", "b.gguf", "--recipe", "Q4_K_M", "--threads", "0").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "label", "name"),
+    [
+        ("model-F16.gguf", "q4_k_m", "model-Q4_K_M.gguf"),
+        ("big.bf16-00001-of-00004.gguf", "3.5bpw", "big-3.5bpw.gguf"),
+        ("model.gguf", "my mix", "model-my mix.gguf"),
+    ],
+)
+def test_destination_is_named_after_the_source_unless_given(source: str, label: str, name: str) -> None:
+    assert default_destination(Path("folder", source), label) == Path("folder", name)
+
+
+def test_destination_may_be_left_out(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny-F16.gguf").symlink_to(source)
+    ran = quantize(tmp_path / "tiny-F16.gguf", "--recipe", "q8_0")
+    assert ran.stdout.startswith(f"{tmp_path / 'tiny-Q8_0.gguf'}: Q8_0, 2.80 MB, ")
+
+
+def test_dry_run_shows_types_by_role_and_the_whole(source: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(source.read_bytes()[: read_header(source).files[0].data_offset])
+    ran = quantize(cut, "--recipe", "q4_k_m", "--dry-run", "--tensor", "attn_v=Q8_0", "--tensor", "blk.0=Q6_K")
+    assert ran.returncode == 0
+    rows = [line.split() for line in ran.stdout.splitlines()]
+    assert ["attn_v", "Q8_0", "4", "139.26", "kB"] in rows
+    assert ["ffn_up", "Q6_K", "1", "107.52", "kB"] in rows
+    assert ["ffn_up", "Q4_K", "3", "221.18", "kB"] in rows
+    assert rows[-1][:3] == ["Q4_K_M:", "1.76", "MB"]
+    assert rows[-1][-1] == "bpw"
+    assert "2 tensors stay F32" in ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
+
+
+def test_dry_run_as_json_lists_every_tensor(source: Path) -> None:
+    ran = quantize(source, "--recipe", "Q4_K_M", "--dry-run", "--json")
+    found = msgspec.json.decode(ran.stdout)
+    assert set(found) == {"recipe", "size_bytes", "bpw", "tensors", "notes"}
+    assert [tensor["name"] for tensor in found["tensors"]] == [tensor.name for tensor in read_header(source).tensors]
+    assert set(found["tensors"][0]) == {"name", "type", "bytes"}
+
+
+def test_budget_out_of_reach_is_one_line(source: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "desk.json"
+    profile.write_text('{"devices": [{"name": "desk", "memory_bytes": 16000000000}]}')
+    for arguments, words in (
+        (("--size", "1kB"), "the smallest that the types can give is"),
+        (("--bpw", "16.5"), "the source itself has only 5,254,944"),
+        (("--fit", profile), "the memory of desk: 16,000,000,000 bytes, of which"),
+        (("--fit", tmp_path / "none.json"), "the profile can't be read"),
+        (("--bpw", "5", "--dry-run"), "found by measuring the model, which a dry run doesn't do"),
+    ):
+        ran = quantize(source, tmp_path / "small.gguf", *arguments)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert words in ran.stderr
+        assert ran.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [profile]
+
+
+def test_imatrix_is_read_or_gathered(tmp_path: Path) -> None:
+    make_tiny_model("llama", tmp_path / "model.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z " * 40)
+    ran = quantize(tmp_path / "model.gguf", tmp_path / "a.gguf", "--recipe", "q4_0", "--text", text)
+    assert (ran.returncode, ran.stderr.count("\n")) == (0, 1)
+    assert "1 tensor has rows that do not divide into the recipe's blocks: 1 Q8_0 for Q6_K" in ran.stderr
+    assert read_header(tmp_path / "a.gguf").get("quantize.imatrix.dataset") == "text.txt"
+    refused = quantize(tmp_path / "model.gguf", tmp_path / "a.gguf", "--recipe", "q4_0", "--text", text)
+    assert "--force overwrites it" in refused.stderr
+    refused = quantize(tmp_path / "model.gguf", tmp_path / "b.gguf", "--recipe", "q4_0", "--imatrix", text)
+    assert "this is no imatrix in GGUF format" in refused.stderr
+    planned = quantize(tmp_path / "model.gguf", "--recipe", "q4_0", "--text", text, "--dry-run", "--json")
+    assert msgspec.json.decode(planned.stdout)["size_bytes"] == (tmp_path / "a.gguf").stat().st_size
 
 
 def test_refusal_is_one_line_and_exit_code_1(source: Path, tmp_path: Path) -> None:
@@ -131,6 +225,44 @@ def test_file_that_cannot_be_written_to_its_end_is_removed(source: Path, tmp_pat
         assert "writing failed half-way" in ran.stderr
         assert ran.stderr.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("child", "arguments"),
+    [
+        ("homeinfer.quant.worker", ("--recipe", "Q4_K_M", "--dry-run")),
+        ("homeinfer.quant.observer_process", ("small.gguf", "--recipe", "Q2_K", "--requantize", "--text", "text.txt")),
+    ],
+)
+def test_ctrl_c_before_anything_is_written_leaves_nothing_behind(
+    smollm2_path: Path, tmp_path: Path, child: str, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "text.txt").write_text("Each of these words is read by the model, again and again. " * 5000)
+    (tmp_path / "temp").mkdir()
+    process = subprocess.Popen(
+        [*HOMEINFER, smollm2_path, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path / "temp")},
+        start_new_session=True,
+    )
+    started: list[psutil.Process] = []
+
+    def has_started() -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started[:] = [c for c in psutil.Process(process.pid).children() if child in c.cmdline()]
+        return bool(started)
+
+    wait_until(has_started)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "")
+    assert err == "homeinfer: interrupted: nothing was written\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["temp", "text.txt"]
+    assert list((tmp_path / "temp").iterdir()) == []
+    assert not psutil.wait_procs(started, timeout=20)[1]
 
 
 def test_ctrl_c_leaves_nothing_behind(slow_source: Path, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_recipes_that_cannot_be_are_refused(source: Path, tmp_path: Path) -> Non
 
 def test_tensor_with_nan_is_named(tmp_path: Path) -> None:
     write_f16_model(tmp_path / "nan.gguf", nan_in="blk.1.ffn_up.weight")
-    assert "'blk.1.ffn_up.weight' has invalid data" in refusal(tmp_path / "nan.gguf", tmp_path / "small.gguf")
+    assert "'blk.1.ffn_up.weight' has NaN or infinite values" in refusal(tmp_path / "nan.gguf", tmp_path / "small.gguf")
 
 
 def test_model_that_llama_cpp_aborts_on_is_one_line(tmp_path: Path) -> None:

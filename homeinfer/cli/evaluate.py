@@ -1,0 +1,101 @@
+"""`homeinfer evaluate`: how close a model stays to another on a text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from homeinfer.cli.ui import notes
+from homeinfer.errors import HomeinferError
+from homeinfer.quant import evaluate as evaluation
+from homeinfer.quant.evaluate import FEWEST_TOKENS, Evaluation
+from homeinfer.quant.logits_file import is_logits_file
+
+_INTERRUPTED = 130
+
+
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="The model to measure: a GGUF file, or any part of a split one.")
+    ],
+    reference: Annotated[
+        Path, typer.Option(metavar="REF", help="What it is compared with: a GGUF file, or logits kept of one.")
+    ],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="The text to measure on, UTF-8.")],
+    ctx: Annotated[int, typer.Option(min=FEWEST_TOKENS, help="Tokens in a chunk.")] = 512,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Only so many chunks of the text.")] = None,
+    keep_logits: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write the reference's logits there first, to be given as --reference later."
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores unless given.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Measure how close a model stays to a reference: perplexity of both, and the divergence between them.
+
+    The convention is llama-perplexity's: the second half of each chunk counts, divergence (KLD) is in nats.
+
+    Example: homeinfer evaluate small.gguf --reference model-F16.gguf --text wiki.txt
+
+    Example: homeinfer evaluate small.gguf --reference model-F16.gguf --text wiki.txt --keep-logits wiki.logits
+
+    Example: homeinfer evaluate smaller.gguf --reference wiki.logits --text wiki.txt
+    """
+    said = evaluation.read_text(text)
+    try:
+        if keep_logits is not None:
+            if is_logits_file(reference):
+                raise HomeinferError(f"{reference}: these are kept logits already; leave --keep-logits out")
+            evaluation.checked_model(model, ctx)
+            with _progress_bar(reference.name) as on_progress:
+                evaluation.keep_logits(
+                    reference, said, keep_logits, n_ctx=ctx, chunks=chunks, threads=threads, on_progress=on_progress
+                )
+            reference = keep_logits
+        with _progress_bar(model.name) as on_progress:
+            result = evaluation.evaluate(
+                model, reference, said, n_ctx=ctx, chunks=chunks, threads=threads, on_progress=on_progress
+            )
+    except KeyboardInterrupt:
+        typer.echo("homeinfer: interrupted", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    typer.echo(msgspec.json.encode(result) if json else _report(result))
+
+
+def _report(result: Evaluation) -> str:
+    lines = (
+        ("size", f"{decimal(result.size_bytes, precision=2)}, {result.bpw:.3f} bits per weight"),
+        ("perplexity", f"{result.ppl:.4f}, reference {result.ppl_reference:.4f}"),
+        ("mean KLD", f"{result.mean_kld:.6f} ± {result.mean_kld_stderr:.6f}"),
+        ("median KLD", f"{result.kld_median:.6f}"),
+        ("99 % KLD", f"{result.kld_p99:.6f}"),
+        ("same top token", f"{result.same_top:.2%}"),
+        ("measured on", f"{result.tokens:,} tokens in {result.chunks:,} chunks of {result.n_ctx:,}"),
+    )
+    return "\n".join(f"{what:<16}{value}" for what, value in lines)
+
+
+@contextlib.contextmanager
+def _progress_bar(name: str) -> Iterator[Callable[[float], None]]:
+    """A bar with the time left, shown only on a terminal and gone at the end."""
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(name, total=1.0)
+        yield lambda fraction: bar.update(task, completed=fraction)

@@ -1,0 +1,146 @@
+"""The options of `homeinfer quantize`, and how small they say the result is to be."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from homeinfer.errors import HomeinferError
+from homeinfer.model.header import Header
+from homeinfer.quant.budget import Budget, budget_of_bpw, budget_of_devices, budget_of_size, parse_size, read_profiles
+from homeinfer.quant.recipes import RECIPES
+
+_SMALL = "How small: one of these"
+_CHOICE = "What decides the types"
+_WRONG_USAGE = 2
+_PART = re.compile(r"-\d{5}-of-\d{5}$")
+_SOURCE_TYPE = re.compile(r"[-._](f16|bf16|f32|fp16|fp32|q8_0)$", re.IGNORECASE)
+
+SourceArgument = Annotated[
+    Path, typer.Argument(metavar="SRC", help="The F16 or BF16 model: a GGUF file, or any part of a split one.")
+]
+DestinationArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DST]",
+        help="The GGUF file to write; beside SRC and named after it and the recipe unless given.",
+        show_default=False,
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.toml",
+        help=f"A recipe: {', '.join(RECIPES)} (--list-recipes says more), or a file of your own.",
+        rich_help_panel=_SMALL,
+    ),
+]
+BpwOption = Annotated[
+    float | None, typer.Option(metavar="X", help="At most X bits per weight, such as 3.5.", rich_help_panel=_SMALL)
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="A file of at most so many bytes: 98833504, 40GB, 3.5G, 40GiB.", rich_help_panel=_SMALL
+    ),
+]
+FitOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PROFILE.json",
+        help="What the memory of these devices holds with 4,096 tokens of context; several files add up. "
+        '{"devices": [{"name": "desk", "memory_bytes": 16000000000}]}',
+        rich_help_panel=_SMALL,
+    ),
+]
+ImatrixOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="How much each input counts, from homeinfer imatrix or llama.cpp.", rich_help_panel=_CHOICE
+    ),
+]
+TextOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Instead: measure it on these texts (UTF-8).", rich_help_panel=_CHOICE),
+]
+TensorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX=TYPE",
+        help="The type of tensors whose name the regular expression is found in, such as 'ffn_down=Q6_K'; before "
+        "everything else, and the first that matches decides.",
+        rich_help_panel=_CHOICE,
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Write nothing, show types and sizes; SRC may be a header alone.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="Write what was chosen and why (--bpw, --size, --fit).")
+]
+RequantizeOption = Annotated[
+    bool, typer.Option("--requantize", help="Take a source that is quantized already; some quality is lost.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite DST if it exists.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores unless given.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def wrong_usage(line: str) -> NoReturn:
+    """Say what is wrong with the command line, in one line, and leave with exit code 2."""
+    typer.echo(f"homeinfer: {' '.join(line.split())}", err=True)
+    raise typer.Exit(_WRONG_USAGE)
+
+
+def require_one_way(recipe: str | None, bpw: float | None, size: str | None, fit: list[Path] | None) -> str:
+    """Which one of the four ways to say how small was taken, as the end of a file name; exits when it isn't one."""
+    ways = {
+        "--recipe": Path(recipe.strip()).stem if recipe else None,
+        "--bpw": f"{bpw:g}bpw" if bpw is not None else None,
+        "--size": re.sub(r"\s", "", size) if size is not None else None,
+        "--fit": "fit" if fit else None,
+    }
+    given = {way: label for way, label in ways.items() if label is not None}
+    if size is not None:
+        _wanted_size(size)
+    if bpw is not None and not 0 < bpw < math.inf:
+        wrong_usage(f"--bpw: {bpw} bits per weight are none; write a number such as 3.5")
+    if not given:
+        wrong_usage("say how small: --recipe NAME, --bpw X, --size 40GB or --fit PROFILE.json; --help has examples")
+    if len(given) > 1:
+        wrong_usage(f"{' and '.join(given)} both say how small; give one of them")
+    return next(iter(given.values()))
+
+
+def budget_for(header: Header, bpw: float | None, size: str | None, fit: list[Path] | None) -> Budget:
+    """The limit that --bpw, --size or --fit sets; HomeinferError for bad profiles."""
+    if fit:
+        return budget_of_devices(header, read_profiles(fit))
+    return budget_of_bpw(header, bpw) if bpw is not None else budget_of_size(_wanted_size(size or ""))
+
+
+def _wanted_size(size: str) -> int:
+    try:
+        return parse_size(size)
+    except HomeinferError as error:
+        wrong_usage(f"--size: {error}")
+
+
+def default_destination(source: Path, label: str) -> Path:
+    """Beside the source: model-F16.gguf and Q4_K_M give model-Q4_K_M.gguf."""
+    stem = _SOURCE_TYPE.sub("", _PART.sub("", source.stem))
+    return source.with_name(f"{stem}-{label.upper() if label.upper() in RECIPES else label}.gguf")
+
+
+def megabytes(nbytes: int) -> str:
+    """1.60 MB, as rich.filesize.decimal writes it, without the cost of importing it."""
+    size = float(nbytes)
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:,.2f} {unit}" if unit != "bytes" else f"{nbytes} bytes"

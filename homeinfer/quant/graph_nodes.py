@@ -1,0 +1,62 @@
+"""The nodes of a llama.cpp graph as native/tap.c sees them, compared with real ones before they are trusted."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+from homeinfer import _native
+from homeinfer.engine import runtime
+from homeinfer.errors import HomeinferError
+
+
+@functools.cache
+def product_operations() -> tuple[int, int]:
+    """GGML_OP_MUL_MAT and GGML_OP_MUL_MAT_ID, from graph nodes made for it.
+
+    Raises HomeinferError when a tensor of the loaded library looks otherwise than native/tap.c was compiled for.
+    """
+    ggml = _typed_ggml()
+    context = ggml.ggml_init(_InitParams(64 << 10, None, True))
+    try:
+        weight = ggml.ggml_new_tensor_4d(context, 1, 7, 5, 3, 1)
+        inputs = ggml.ggml_new_tensor_4d(context, 0, 7, 2, 11, 1)
+        chosen = ggml.ggml_new_tensor_4d(context, 26, 2, 11, 1, 1)
+        plain = ggml.ggml_new_tensor_4d(context, 0, 7, 9, 1, 1)
+        ggml.ggml_set_name(weight, b"probe.weight")
+        dense = ggml.ggml_mul_mat(context, plain, inputs)
+        experts = ggml.ggml_mul_mat_id(context, weight, inputs, chosen)
+        of_weight, of_experts, of_dense = map(_native.tensor_fields, (weight, experts, dense))
+        agrees = of_weight == (1, 0, (7, 5, 3, 1), (2, 14, 70, 210), (0, 0, 0), 0, "probe.weight")
+        agrees &= (of_experts[0], *of_experts[2:5]) == (0, (5, 2, 11, 1), (4, 20, 40, 440), (weight, inputs, chosen))
+        agrees &= of_dense[4][:2] == (plain, inputs)
+        names = [ggml.ggml_op_name(fields[1]) if agrees else b"" for fields in (of_dense, of_experts)]
+    finally:
+        ggml.ggml_free(context)
+    if names != [b"MUL_MAT", b"MUL_MAT_ID"]:
+        raise HomeinferError("this llama.cpp has another ggml_tensor than homeinfer knows: reinstall homeinfer")
+    return of_dense[1], of_experts[1]
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def _typed_ggml() -> Any:
+    ggml: Any = runtime.ggml()
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("ggml_init", pointer, [_InitParams]),
+        ("ggml_free", None, [pointer]),
+        ("ggml_new_tensor_4d", pointer, [pointer, ctypes.c_int, number, number, number, number]),
+        ("ggml_set_name", pointer, [pointer, ctypes.c_char_p]),
+        ("ggml_mul_mat", pointer, [pointer, pointer, pointer]),
+        ("ggml_mul_mat_id", pointer, [pointer, pointer, pointer, pointer]),
+        ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int]),
+    ):
+        function = getattr(ggml, name)
+        function.restype, function.argtypes = result, arguments
+    return ggml
