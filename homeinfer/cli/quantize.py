@@ -32,11 +32,10 @@ from homeinfer.cli.quantize_options import (
     wrong_usage,
 )
 from homeinfer.cli.quantize_progress import fraction_bar, stage_bar, tensor_bar
-from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
 from homeinfer.quant.budget import Budget, check_budget
+from homeinfer.quant.dry_run import DryRun, refuse_early
 from homeinfer.quant.dry_run import dry_run as dry_run_of
-from homeinfer.quant.dry_run import refuse_early
 from homeinfer.quant.importance import gather_importance, read_importance, stand_in_importance
 from homeinfer.quant.quantize import QuantizeResult
 from homeinfer.quant.quantize import quantize as quantize_file
@@ -111,8 +110,14 @@ def quantize(
             asked = (
                 f"--fit {' '.join(map(str, fit))}" if fit else f"--bpw {bpw:g}" if bpw is not None else f"--size {size}"
             )
+            check_budget(header, budget)
+            if dry_run:
+                from homeinfer.quant.budget_dry_run import budget_dry_run
+
+                _show_found(budget_dry_run(header, budget.limit_bytes, rules), json)
+                return
             result = _to_budget(
-                header, target, budget, asked, dry_run, rules, imatrix, text or (), report, requantize, force, threads
+                header, target, budget, asked, rules, imatrix, text or (), report, requantize, force, threads
             )
     except KeyboardInterrupt:
         typer.echo("homeinfer: interrupted: nothing was written", err=True)
@@ -153,7 +158,6 @@ def _to_budget(
     target: Path,
     budget: Budget,
     asked: str,
-    dry_run: bool,
     rules: Sequence[TensorRule],
     imatrix: Path | None,
     texts: Sequence[Path],
@@ -162,12 +166,6 @@ def _to_budget(
     force: bool,
     threads: int | None,
 ) -> QuantizeResult:
-    check_budget(header, budget)
-    if dry_run:
-        raise HomeinferError(
-            f"{budget.says}: that is a file of at most {budget.limit_bytes:,} bytes; its types are found by "
-            "measuring the model, which a dry run doesn't do: leave --dry-run out, or give a --recipe"
-        )
     from homeinfer.quant.dynamic import quantize_to_budget
 
     with stage_bar() as on_progress:
@@ -185,7 +183,10 @@ def _show_dry_run(
         importance = read_importance(imatrix, read_header(source, allow_truncated=True))
     elif texts:
         importance = stand_in_importance(texts)
-    found = dry_run_of(source, recipe, tensor_rules=rules, importance=importance)
+    _show_found(dry_run_of(source, recipe, tensor_rules=rules, importance=importance), json)
+
+
+def _show_found(found: DryRun, json: bool) -> None:
     _show_notes(found.notes)
     if json:
         typer.echo(msgspec.json.encode(found))
@@ -201,7 +202,10 @@ def _show_notes(notes: Iterable[str]) -> None:
 
 
 def _summary(result: QuantizeResult) -> str:
-    size = megabytes(result.size_bytes)
-    kld = getattr(result, "mean_kld", None)
-    quality = f", mean KLD {kld:.4f}" if kld is not None else ""
-    return f"{result.path}: {result.recipe}, {size}, {result.bpw:.2f} bpw{quality}, {result.seconds:.1f} s"
+    line = (
+        f"{result.path}: {result.recipe}, {megabytes(result.size_bytes)}, {result.bpw:.2f} bpw, {result.seconds:.1f} s"
+    )
+    mean_kld, same_top = getattr(result, "mean_kld", None), getattr(result, "same_top", None)
+    if mean_kld is None or same_top is None:
+        return line
+    return f"{line}, mean KLD {mean_kld:.4f} from the source, the same top token at {100 * same_top:.1f} %"

@@ -80,7 +80,11 @@ DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Write nothing, show types and sizes; SRC may be a header alone.")
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option(metavar="FILE.html", help="Write what was chosen and why (--bpw, --size, --fit).")
+    Path | None,
+    typer.Option(
+        metavar="FILE.html",
+        help="Write what was chosen and why, and its picture as FILE.svg; measures near presets, too.",
+    ),
 ]
 RequantizeOption = Annotated[
     bool, typer.Option("--requantize", help="Take a source that is quantized already; some quality is lost.")

@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, printable
+from homeinfer.quant.generated_file import read_generated, write_generated
 from homeinfer.quant.imatrix import Imatrix, from_observed, unreached_notes
 from homeinfer.quant.observe import Ints, Mode, observable
-from homeinfer.quant.observer_process import observe_in_process, tokenize_in_process
+from homeinfer.quant.observer_process import generate_in_process, observe_in_process, tokenize_in_process
 from homeinfer.quant.quantizer_process import usable_cores
+from homeinfer.quant.self_text import LENGTH, N_SEQUENCES, SEED
 from homeinfer.quant.texts import DEFAULT_NAME, chunks_of, default_text, read_texts
 
 CHUNK_SIZE = 512
@@ -41,6 +44,40 @@ def calibration_chunks(
     text = read_texts(texts) if texts else default_text()
     tokens = tokenize_in_process(model, text)
     return chunks_of(tokens.ids, chunk_size, tokens.begin)[:chunks]
+
+
+def study_chunks(
+    header: Header,
+    texts: Sequence[str | os.PathLike[str]] = (),
+    *,
+    chunks: int,
+    threads: int,
+    folder: Path,
+    n_sequences: int = N_SEQUENCES,
+    length: int = LENGTH,
+    seed: int = SEED,
+    on_progress: Callable[[float], None] | None = None,
+) -> list[Ints]:
+    """calibration_chunks (so many, at most), then what the model itself writes (`self_text.generate`).
+
+    What it wrote is kept in `folder`, which is expected to be the model's own, and read from there the next time. A
+    model larger than this machine's free memory writes nothing, since each token would read all of it from disk.
+    Raises HomeinferError for what is wrong with the texts, the model, or the folder.
+    """
+    model = header.files[0].path
+    given = calibration_chunks(model, texts, chunks=chunks)
+    path = folder / f"generated-{seed}-{n_sequences}x{length}.npy"
+    n_vocab = header.by_name["token_embd.weight"].shape[1]
+    kept = read_generated(path, n_sequences, length, n_vocab)
+    if kept is not None:
+        return given + kept
+    if header.nbytes > psutil.virtual_memory().available:
+        return given
+    made = generate_in_process(
+        model, n_sequences=n_sequences, length=length, seed=seed, threads=threads, on_progress=on_progress
+    )
+    write_generated(path, made)
+    return given + made
 
 
 def calibrate(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, TensorInfo
 from homeinfer.quant.allocate import Item, Option
 from homeinfer.quant.error_tables import TypeError_
@@ -37,6 +38,46 @@ def free_tensors(header: Header, fixed: Mapping[str, str]) -> tuple[TensorInfo, 
         for tensor in header.tensors
         if not keeps_type(tensor, header.architecture) and tensor.name not in fixed and tensor.shape[0] % 32 == 0
     )
+
+
+def narrow_note(header: Header, free: Sequence[TensorInfo]) -> tuple[str, ...]:
+    """One line on tensors whose rows K-quants can't take, if there are any."""
+    changeable = [tensor for tensor in header.tensors if not keeps_type(tensor, header.architecture)]
+    narrow = sum(tensor.shape[0] % 256 != 0 for tensor in free)
+    odd = [tensor.name for tensor in changeable if tensor.shape[0] % 32]
+    notes = []
+    if narrow:
+        notes.append(
+            f"{narrow} tensors have rows that are no multiple of 256 wide: they get 32-wide types, 4.5 bits up"
+        )
+    if odd:
+        notes.append(f"{len(odd)} tensors have rows that are no multiple of 32 wide and stay as they are: {odd[0]}…")
+    return tuple(notes)
+
+
+def bpw_left(free: Sequence[TensorInfo], left_bytes: int) -> float:
+    """Bits per weight that the free tensors may have; where some have only 32-wide types, which end at 4.5 bits, those
+    that are left to the others if that is less."""
+    wide = sum(tensor.n_weights for tensor in free if tensor.shape[0] % 256 == 0)
+    narrow = [tensor for tensor in free if tensor.shape[0] % 256]
+    bpw = 8 * left_bytes / max(wide + sum(tensor.n_weights for tensor in narrow), 1)
+    least = sum(_least_bytes(tensor) for tensor in narrow)
+    return min(bpw, 8 * (left_bytes - least) / wide) if wide else bpw
+
+
+def require_reachable(free: Sequence[TensorInfo], limit_bytes: int, overhead: int) -> None:
+    """Raise HomeinferError when no types make the free tensors fit beside `overhead` bytes of all else."""
+    least = sum(_least_bytes(tensor) for tensor in free)
+    if overhead + least > limit_bytes:
+        raise HomeinferError(
+            f"a file of at most {limit_bytes:,} bytes is out of reach: {overhead:,} are taken by its header and by "
+            f"tensors whose type is fixed, and the others need at least {least:,}; ask for more"
+        )
+
+
+def _least_bytes(tensor: TensorInfo) -> int:
+    types = candidate_types(tensor.shape[0], 0.0, has_importance=True)
+    return min(padded(nbytes) for nbytes in (tensor.nbytes, *(tensor_bytes(tensor, name) for name in types)))
 
 
 def item_of(

@@ -16,19 +16,18 @@ import dataclasses
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import gguf
-
 from homeinfer.errors import HomeinferError
-from homeinfer.model.header import Header, MetaValue, TensorInfo, ValueType
+from homeinfer.model.header import Header, TensorInfo
 from homeinfer.quant.allocate import Allocation, Item, allocate
-from homeinfer.quant.calibrate import calibration_chunks
-from homeinfer.quant.candidates import candidate_types, free_tensors, item_of
+from homeinfer.quant.calibrate import study_chunks
+from homeinfer.quant.candidates import bpw_left, candidate_types, free_tensors, item_of, narrow_note, require_reachable
 from homeinfer.quant.checks import checked_destination, path_name, refuse_requantizing, requantized_types, require_space
+from homeinfer.quant.dynamic_metadata import dynamic_metadata
 from homeinfer.quant.early_sync import cannot_be_written
+from homeinfer.quant.error_tables import make_folder
 from homeinfer.quant.evaluate import Evaluation, evaluate
 from homeinfer.quant.importance import read_importance
 from homeinfer.quant.inputs import FromImatrix, FromMoments, Known
@@ -40,21 +39,15 @@ from homeinfer.quant.quantizer_process import usable_cores
 from homeinfer.quant.recipes import PlannedTensor, Recipe, plan
 from homeinfer.quant.rounded_file import write_rounded
 from homeinfer.quant.source_weights import SourceWeights
-from homeinfer.quant.study import OnStage, Study, measure_or_assume, measure_tables
+from homeinfer.quant.study import OnStage, Study, measure_or_assume, measure_tables, refuse_broken
 from homeinfer.quant.tensor_file import header_size
 from homeinfer.quant.tensor_rules import TensorRule, with_tensor_rules
 from homeinfer.quant.texts import DEFAULT_NAME, held_out_text
 
 CALIBRATION_CHUNKS = 60
 """Of 512 tokens: more change little, and each costs half a second on two cores for a model of 135M."""
-EVALUATION_CHUNKS = 8
+EVALUATION_CHUNKS = 6
 _FTYPE_Q8_0 = 7
-_FILE_TYPES = {
-    "IQ1_S": "MOSTLY_IQ1_S", "IQ1_M": "MOSTLY_IQ1_M", "IQ2_XXS": "MOSTLY_IQ2_XXS", "IQ2_XS": "MOSTLY_IQ2_XS",
-    "IQ2_S": "MOSTLY_IQ2_S", "IQ3_XXS": "MOSTLY_IQ3_XXS", "IQ3_S": "MOSTLY_IQ3_S", "IQ4_XS": "MOSTLY_IQ4_XS",
-    "IQ4_NL": "MOSTLY_IQ4_NL", "Q4_K": "MOSTLY_Q4_K_M", "Q4_1": "MOSTLY_Q4_1", "Q5_0": "MOSTLY_Q5_0",
-    "Q5_K": "MOSTLY_Q5_K_M", "Q5_1": "MOSTLY_Q5_1", "Q6_K": "MOSTLY_Q6_K", "Q8_0": "MOSTLY_Q8_0",
-}  # fmt: skip
 
 
 class DynamicResult(QuantizeResult, frozen=True):
@@ -106,15 +99,17 @@ def quantize_to_budget(
     began, cores = time.monotonic(), threads or usable_cores()
     target = checked_destination(Path(destination), header, force)
     partial = target.with_name(f".homeinfer-{secrets.token_hex(4)}.partial")
+    if report is not None:
+        _checked_report(report, header, target)
     rules = with_tensor_rules(Recipe("dynamic", _FTYPE_Q8_0, (), ()), header, tensor_overrides)
     _refuse_quantized(header, dict(rules.overrides), requantize)
+    require_space(target, limit_bytes)
     with contextlib.ExitStack() as stack:
         stack.callback(partial.unlink, missing_ok=True)
         chosen = _choose(stack, header, partial, limit_bytes, rules, imatrix, text, cores, on_progress)
         types = {name: option.type for name, option in chosen.allocation.choices.items()} | chosen.fixed
         tensors = plan(header, types.items())
-        require_space(target, limit_bytes)
-        added = _metadata(header, chosen, types)
+        added = dynamic_metadata(header, types, dict(rules.metadata), limit_bytes, chosen.allocation)
         try:
             write_rounded(
                 partial, header, types, chosen.study.known, added, cores, lambda at: on_progress("rounding", at)
@@ -144,7 +139,7 @@ def quantize_to_budget(
     if report is not None:
         from homeinfer.quant.dynamic_report import make_report
 
-        make_report(report, chosen, result, measured, asked, on_progress)
+        make_report(report, chosen, result, measured, asked, cores, on_progress)
     return result
 
 
@@ -163,8 +158,8 @@ def _choose(
     free = free_tensors(header, fixed)
     kept = sum(-(-tensor.bytes // 32) * 32 for tensor in plan(header, fixed.items()) if tensor.name not in _names(free))
     overhead = _header_bytes(header, partial, rules) + kept
-    weights = sum(tensor.n_weights for tensor in free)
-    bpw = 8 * (limit_bytes - overhead) / max(weights, 1)
+    require_reachable(free, limit_bytes, overhead)
+    bpw = bpw_left(free, limit_bytes - overhead)
     studied = _studied(header, free, bpw, imatrix, text, threads, on_progress)
     study, calibration, notes = stack.enter_context(studied)
     items = tuple(
@@ -178,7 +173,17 @@ def _choose(
     )
     on_progress("choosing types", 0.0)
     allocation = allocate(items, limit_bytes - overhead)
-    return Chosen(header, study, items, allocation, fixed, overhead, limit_bytes, calibration, (*rules.notes, *notes))
+    return Chosen(
+        header,
+        study,
+        items,
+        allocation,
+        fixed,
+        overhead,
+        limit_bytes,
+        calibration,
+        (*rules.notes, *narrow_note(header, free), *notes),
+    )
 
 
 @contextlib.contextmanager
@@ -194,9 +199,15 @@ def _studied(
     """Measure what isn't kept; gives the study, what was read, and notes. What is kept stays while it is used."""
     digest = model_digest(header, lambda at: on_progress("reading the model", at))
     with in_use(kept_folder() / digest) as folder:
-        known, chunks, folder, calibration, notes = _inputs(
-            header, free, digest, folder, imatrix, text, threads, on_progress
-        )
+        try:
+            known, chunks, folder, calibration, notes = _inputs(
+                header, free_tensors(header, {}), digest, folder, imatrix, text, threads, on_progress
+            )
+        except HomeinferError as problem:
+            # what a NaN does is seen later in the model: name the tensor that has it
+            if "finite" in str(problem) or "no numbers" in str(problem):
+                refuse_broken(header)
+            raise
         types = {
             tensor.name: candidate_types(tensor.shape[0], bpw, known.method(tensor.name) != "plain") for tensor in free
         }
@@ -225,9 +236,12 @@ def _inputs(
     if imatrix is not None:
         importance = read_importance(imatrix, header)
         folder = folder / f"imatrix-{_file_digest(imatrix)}"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return FromImatrix(importance.values), [], folder, f"the imatrix {imatrix.name}", importance.notes
-    chunks = calibration_chunks(header.files[0].path, text, chunks=CALIBRATION_CHUNKS)
+    chunks = study_chunks(
+        header, text, chunks=CALIBRATION_CHUNKS, threads=threads, folder=folder,
+        on_progress=lambda at: on_progress("letting it talk", at),
+    )  # fmt: skip
     folder = folder / tokens_digest(chunks)
     wanted = _names(free)
     seen = [name for name in observable(header, output_tensor=True) if name in wanted]
@@ -264,41 +278,27 @@ def _requantized_note(header: Header, tensors: tuple[PlannedTensor, ...]) -> tup
     return (f"warning: quantized twice ({counts} before): the F16 or BF16 original gives a better model",)
 
 
-def _metadata(header: Header, chosen: Chosen | None, types: dict[str, str]) -> dict[str, MetaValue]:
-    """What the file says of itself. Its size does not depend on the numbers, so the budget can count it before."""
-    weights: Counter[str] = Counter()
-    for tensor in header.tensors:
-        weights[types.get(tensor.name, "")] += tensor.n_weights if tensor.name in types else 0
-    most = weights.most_common(1)[0][0] if weights else ""
-    file_type = gguf.LlamaFileType[_FILE_TYPES.get(most, "MOSTLY_F16")]
-    kld = {name: option.kld for name, option in chosen.allocation.choices.items()} if chosen else {}
-    shares = [float(kld.get(tensor.name, 0.0)) for tensor in header.tensors]
-    return {
-        "general.file_type": MetaValue(ValueType.UINT32, int(file_type)),
-        "homeinfer.recipe": MetaValue(ValueType.STRING, "dynamic"),
-        "homeinfer.limit_bytes": MetaValue(ValueType.UINT64, chosen.limit_bytes if chosen else 0),
-        "homeinfer.predicted_kld": MetaValue(ValueType.FLOAT32, chosen.allocation.kld if chosen else 0.0),
-        "homeinfer.tensor_kld": MetaValue(ValueType.ARRAY, shares, ValueType.FLOAT32),
-        "homeinfer.why": MetaValue(
-            ValueType.STRING, "least predicted KLD: sensitivity x (weights' + activations' error), tensors in order"
-        ),
-    }
+def _checked_report(report: Path, header: Header, target: Path) -> None:
+    """Raise HomeinferError, before anything is measured, where a report can't be written or would replace a model."""
+    if checked_destination(report, header, force=True) == target:
+        raise HomeinferError(f"{path_name(report)}: the report and the model can't be one file; name another one")
 
 
 def _header_bytes(header: Header, partial: Path, rules: Recipe) -> int:
-    added = _metadata(header, None, dict(rules.overrides))
+    added = dynamic_metadata(header, {}, dict(rules.metadata))
     try:
         return header_size(partial, header, plan(header, ()), added)
     except OSError as error:
-        raise cannot_be_written(path_name(partial), error) from None
+        raise cannot_be_written(path_name(partial.parent), error) from None
 
 
 def _measured(
     header: Header, made: Path, threads: int, on_progress: OnStage
 ) -> tuple[Evaluation | None, str, tuple[str, ...]]:
     """KLD of what was made, on text that calibration did not read."""
-    words, name = held_out_text()
+    name = ""
     try:
+        words, name = held_out_text()
         found = evaluate(
             made, header.files[0].path, words, chunks=EVALUATION_CHUNKS, threads=threads,
             on_progress=lambda at: on_progress("measuring the result", at),

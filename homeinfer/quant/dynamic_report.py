@@ -7,26 +7,49 @@ from pathlib import Path
 from homeinfer import __version__
 from homeinfer.errors import HomeinferError
 from homeinfer.quant.allocate import allocate
-from homeinfer.quant.dynamic import Chosen, DynamicResult
+from homeinfer.quant.dynamic import EVALUATION_CHUNKS, Chosen, DynamicResult
 from homeinfer.quant.evaluate import Evaluation
 from homeinfer.quant.output_header import padded
-from homeinfer.quant.report import write_report
+from homeinfer.quant.preset_points import preset_points
+from homeinfer.quant.report import picture, write_report
 from homeinfer.quant.report_data import CurvePoint, Measured, QuantReport, TensorChoice
 from homeinfer.quant.study import OnStage
 from homeinfer.quant.tensor_types import role_of, stack_and_layer
+from homeinfer.quant.texts import held_out_text
 
 _CURVE = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3)
 
 
 def make_report(
-    path: Path, chosen: Chosen, result: DynamicResult, measured: Evaluation | None, asked: str, on_progress: OnStage
+    path: Path,
+    chosen: Chosen,
+    result: DynamicResult,
+    measured: Evaluation | None,
+    asked: str,
+    threads: int,
+    on_progress: OnStage,
 ) -> None:
-    """Write the report as one HTML file. Raises HomeinferError when it can't be written."""
-    on_progress("writing the report", 0.0)
-    write_report(path, report_of(chosen, result, measured, asked))
+    """Measure llama.cpp's presets near the size, and write the report as one HTML file, with its picture beside it as
+    an SVG. Raises HomeinferError when they can't be written."""
+    presets: tuple[CurvePoint, ...] = ()
+    if measured is not None:
+        presets = preset_points(
+            chosen.header, chosen.study.known, result.size_bytes, Path(result.path).absolute().parent,
+            held_out_text()[0], EVALUATION_CHUNKS, threads, True,
+            lambda at: on_progress("comparing with presets", at),
+        )  # fmt: skip
+    report = report_of(chosen, result, measured, asked, presets)
+    write_report(path, report)
+    path.with_suffix(".svg").write_text(picture(report))
 
 
-def report_of(chosen: Chosen, result: DynamicResult, measured: Evaluation | None, asked: str) -> QuantReport:
+def report_of(
+    chosen: Chosen,
+    result: DynamicResult,
+    measured: Evaluation | None,
+    asked: str,
+    presets: tuple[CurvePoint, ...] = (),
+) -> QuantReport:
     """Pure: what the report says."""
     header = chosen.header
     return QuantReport(
@@ -41,7 +64,7 @@ def report_of(chosen: Chosen, result: DynamicResult, measured: Evaluation | None
         predicted_kld=chosen.allocation.kld,
         measured=() if measured is None else (_measured(result, measured),),
         tensors=_tensors(chosen),
-        curve=_curve(chosen, result),
+        curve=(*_curve(chosen, result), *presets),
         why=_why(chosen),
         notes=result.notes,
         calibration=chosen.calibration,
@@ -84,7 +107,7 @@ def _tensors(chosen: Chosen) -> tuple[TensorChoice, ...]:
 
 
 def _curve(chosen: Chosen, result: DynamicResult) -> tuple[CurvePoint, ...]:
-    """Homeinfer's predicted KLD at other sizes, the measured point, and presets as far as they can be predicted."""
+    """Homeinfer's predicted KLD at other sizes, and the measured point."""
     points = []
     for factor in _CURVE:
         limit = int(chosen.limit_bytes * factor)

@@ -5,11 +5,14 @@ Rows are rounded independently of each other, so a sample of them says what all 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from homeinfer.errors import HomeinferError
+from homeinfer.model.header import printable
 from homeinfer.quant.inputs import Factors, Floats, Inputs
 from homeinfer.quant.rounding import ROUNDABLE, dequantize_rows, round_rows, stock_rows
 
@@ -55,17 +58,38 @@ def measure_errors(
     return tuple(found)
 
 
+def make_folder(folder: Path) -> None:
+    """Raises HomeinferError where it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise _not_kept(folder, problem) from None
+
+
+def _not_kept(path: Path, problem: OSError) -> HomeinferError:
+    return HomeinferError(
+        f"{printable(str(path), 1000)}: measurements can't be kept there: {problem.strerror}; "
+        "make room or set HOMEINFER_KEPT to another folder"
+    )
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+
+
 class ErrorTable:
     """Lines in a file, appended as they are measured: whatever interrupts, what was measured is kept."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, dict[str, TypeError_]] = {}
-        for line in path.read_bytes().split(b"\n") if path.exists() else []:
-            try:
+        for line in _lines(path):
+            # the last line of a process that was killed is cut short
+            with contextlib.suppress(msgspec.DecodeError, UnicodeError, RecursionError):
                 self._learn(msgspec.json.decode(line, type=TensorErrors))
-            except msgspec.DecodeError:
-                continue  # the last line of a process that was killed
 
     def missing(self, name: str, types: Sequence[str]) -> tuple[str, ...]:
         known = self._known.get(name, {})
@@ -73,8 +97,11 @@ class ErrorTable:
 
     def add(self, name: str, errors: tuple[TypeError_, ...]) -> None:
         line = TensorErrors(name, errors)
-        with self._path.open("ab") as file:
-            file.write(b"\n" + msgspec.json.encode(line))
+        try:
+            with self._path.open("ab") as file:
+                file.write(b"\n" + msgspec.json.encode(line))
+        except OSError as problem:
+            raise _not_kept(self._path, problem) from None
         self._learn(line)
 
     def of(self, name: str, type_name: str) -> TypeError_:

@@ -75,7 +75,7 @@ def rounding_errors(rows: Floats, block: int, *, half_scale: bool = False) -> Do
     """Sums over rows (float32 [n, width]) of the squared error of each channel when every `block` values are rounded to
     8 bits with one scale, a float16 or a float32: quantize_row_q8_0, quantize_row_q8_K. float64 [width]."""
     n, width = rows.shape
-    values = np.pad(rows, ((0, 0), (0, -width % block))).reshape(n, -1, block)
+    values = np.pad(rows, ((0, 0), (0, -width % block))).reshape(n, -(-width // block), block)
     with np.errstate(all="ignore"):  # rows that are not finite are found, and said, by their sums
         scale = np.abs(values).max(axis=2, keepdims=True) / np.float32(127)
         errors = values * np.where(scale > 0, 1 / scale, 0)

@@ -80,9 +80,12 @@ class FromMoments:
         moments = self._moments
         if weight in moments.unobserved or not moments.has(weight):
             return Inputs()
+        importance = moments.importance(weight)
+        if not importance.any():  # the layers before it put nothing in: all channels count the same
+            return Inputs(importance=np.ones_like(importance))
         return Inputs(
             moments.hessian(weight) if moments.has_hessian(weight) else None,
-            moments.importance(weight),
+            importance,
             {activation: moments.noise(weight, activation) for activation in ("Q8_K", "Q8_0")},
             moments.key(weight),
         )

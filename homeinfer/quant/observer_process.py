@@ -30,6 +30,7 @@ from homeinfer.model.header import printable, read_header
 from homeinfer.quant.moments_file import Input, write_inputs
 from homeinfer.quant.observe import Ints, Mode, Observed, observe
 from homeinfer.quant.observed_file import read_observed, write_observed
+from homeinfer.quant.self_text import LENGTH, N_SEQUENCES, SEED, generate
 
 _PROGRESS_SECONDS = 0.1
 
@@ -64,7 +65,18 @@ class Gather(msgspec.Struct, frozen=True, tag="gather"):
     threads: int
 
 
-Request = Observe | Tokenize | Gather
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """The model's own text, see `self_text.generate`."""
+
+    model: bytes
+    result: bytes
+    n_sequences: int
+    length: int
+    seed: int
+    threads: int
+
+
+Request = Observe | Tokenize | Gather | Generate
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -142,6 +154,23 @@ def tokenize_in_process(model_path: str | os.PathLike[str], text: str) -> Tokens
         _run(path, Tokenize(os.fsencode(path), os.fsencode(result), text), None)
         begin, *_ = ids = np.load(result, allow_pickle=False)
         return Tokens(ids[1:], int(begin) if begin >= 0 else None)
+
+
+def generate_in_process(
+    model_path: str | os.PathLike[str],
+    *,
+    n_sequences: int = N_SEQUENCES,
+    length: int = LENGTH,
+    seed: int = SEED,
+    threads: int,
+    on_progress: Callable[[float], None] | None = None,
+) -> list[Ints]:
+    """`self_text.generate`, whatever llama.cpp does: raises HomeinferError where that ends its process."""
+    path = Path(model_path)
+    with _result_file() as result:
+        request = Generate(os.fsencode(path), os.fsencode(result), n_sequences, length, seed, threads)
+        _run(path, request, on_progress)
+        return list(np.load(result, allow_pickle=False))
 
 
 @contextlib.contextmanager
@@ -225,6 +254,11 @@ def _work(request: Request, on_progress: Callable[[float], None]) -> None:
             write_inputs(_path(folder), request.inputs, observe(model, chunks, modes, request.threads, on_progress))
         case Tokenize(result=result):
             _save(_path(result), _tokens(model, request.text))
+        case Generate(result=result, n_sequences=n_sequences, length=length, seed=seed, threads=threads):
+            texts = generate(
+                model, n_sequences=n_sequences, length=length, seed=seed, threads=threads, on_progress=on_progress
+            )
+            _save(_path(result), texts)
 
 
 def _path(name: bytes) -> Path:
@@ -240,7 +274,7 @@ def _tokens(model: str, text: str) -> list[int]:
     return [begin, *tokenizer.encode(text, parse=False)]
 
 
-def _save(path: Path, tokens: Sequence[int]) -> None:
+def _save(path: Path, tokens: Sequence[int] | Sequence[Ints]) -> None:
     with path.open("wb") as file:
         np.save(file, np.array(tokens, np.int32))
 

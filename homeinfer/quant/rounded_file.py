@@ -10,6 +10,7 @@ from homeinfer.quant.inputs import Factors, Known
 from homeinfer.quant.recipes import plan
 from homeinfer.quant.rounding import ROUNDABLE, round_rows, stock_rows
 from homeinfer.quant.source_weights import SourceWeights
+from homeinfer.quant.tensor_encoding import is_exact_type
 from homeinfer.quant.tensor_file import TensorFile
 
 _PIECE_WEIGHTS = 16 << 20
@@ -35,7 +36,7 @@ def write_rounded(
         factors = Factors()
         for info, tensor in zip(header.tensors, tensors, strict=True):
             if tensor.type == info.type:
-                pieces: Iterator[bytes] = iter((weights.packed(info),))
+                pieces = _copied(weights, info)
             else:
                 pieces = _rounded(weights, info, tensor.type, known, factors, threads)
             file.add(pieces, tensor.bytes, lambda _count: None)
@@ -45,14 +46,25 @@ def write_rounded(
     return sum(tensor.bytes for tensor in tensors)
 
 
+def _copied(weights: SourceWeights, info: TensorInfo) -> Iterator[bytes]:
+    if is_exact_type(info.type):
+        for start, stop in _steps(weights, info):
+            weights.rows(info, start, stop)  # raises where some are NaN
+    yield weights.packed(info)
+
+
+def _steps(weights: SourceWeights, info: TensorInfo) -> Iterator[tuple[int, int]]:
+    step, n_rows = max(1, _PIECE_WEIGHTS // info.shape[0]), weights.n_rows(info)
+    return ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
+
 def _rounded(
     weights: SourceWeights, info: TensorInfo, type_name: str, known: Known, factors: Factors, threads: int
 ) -> Iterator[bytes]:
     inputs = known.of(info.name, info.shape[0])
     made = factors.of(inputs) if type_name in ROUNDABLE else None
-    step, n_rows = max(1, _PIECE_WEIGHTS // info.shape[0]), weights.n_rows(info)
-    for start in range(0, n_rows, step):
-        rows = weights.rows(info, start, min(start + step, n_rows))
+    for start, stop in _steps(weights, info):
+        rows = weights.rows(info, start, stop)
         if made is not None:
             yield round_rows(type_name, rows, made, threads=threads).tobytes()
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from homeinfer.errors import HomeinferError
-from homeinfer.model.header import TYPE_SIZES, Header, TensorInfo, printable
+from homeinfer.model.header import Header, TensorInfo, printable
 from homeinfer.quant.rounding import dequantize_rows
 from homeinfer.quant.weights_check import require_finite
 
@@ -24,23 +23,22 @@ class SourceWeights:
     def __init__(self, header: Header) -> None:
         self._header = header
         self._maps: list[mmap.mmap] = []
-        self._stack = ExitStack()
 
     def __enter__(self) -> SourceWeights:
         try:
             for part in self._header.files:
-                file = self._stack.enter_context(Path(part.path).open("rb"))
-                self._maps.append(self._stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+                with Path(part.path).open("rb") as file:
+                    self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (OSError, ValueError) as problem:
-            self._stack.close()
+            self._maps.clear()
             raise HomeinferError(f"{self._name}: the weights can't be read: {problem}; check the file") from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # not closed by hand: the traceback of an error may still hold an array over the map
         self._maps.clear()
-        self._stack.close()
 
     @property
     def _name(self) -> str:
@@ -58,18 +56,23 @@ class SourceWeights:
 
         Raises HomeinferError that names the tensor when some are NaN or infinite.
         """
-        width = tensor.shape[0]
-        weights, size = TYPE_SIZES[tensor.type]
-        row_bytes = width // weights * size
-        at = tensor.offset + start * row_bytes
-        packed = np.frombuffer(self._maps[tensor.file][at : at + (stop - start) * row_bytes], np.uint8)
-        found = dequantize_rows(tensor.type, packed.reshape(stop - start, row_bytes), width)
-        require_finite(self._name, tensor.name, found)
-        return found
+        return self._read(tensor, self._matrix(tensor)[start:stop])
 
     def sample(self, tensor: TensorInfo, most: int) -> Floats:
-        """At most so many rows, evenly spread over the tensor, those of nothing but zeros left out."""
+        """At most so many rows, evenly spread over the tensor, those of nothing but zeros left out
+        (but for one where there are no others)."""
         n = self.n_rows(tensor)
         picked = np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
-        found = np.concatenate([self.rows(tensor, int(row), int(row) + 1) for row in picked])
-        return found[found.any(axis=1)]
+        found = self._read(tensor, self._matrix(tensor)[picked])
+        is_used = found.any(axis=1)
+        return found[is_used] if is_used.any() else found[:1]
+
+    def _matrix(self, tensor: TensorInfo) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, mapped: uint8 [rows, bytes of a row]. Gone when the context is left: copy."""
+        flat = np.frombuffer(self._maps[tensor.file], np.uint8, tensor.nbytes, tensor.offset)
+        return flat.reshape(self.n_rows(tensor), -1)
+
+    def _read(self, tensor: TensorInfo, packed: npt.NDArray[np.uint8]) -> Floats:
+        found = dequantize_rows(tensor.type, np.array(packed), tensor.shape[0])
+        require_finite(self._name, tensor.name, found)
+        return found

@@ -16,6 +16,7 @@ from homeinfer.quant.inputs import Factors, Floats, Inputs, Known
 from homeinfer.quant.rounding import dequantize_rows, stock_rows
 from homeinfer.quant.sensitivity import Sensitivity, assumed, measure_sensitivity
 from homeinfer.quant.source_weights import SourceWeights
+from homeinfer.quant.tensor_encoding import is_exact_type
 from homeinfer.quant.tensor_types import stack_and_layer
 
 Ints = npt.NDArray[np.int32]
@@ -24,6 +25,7 @@ OnStage = Callable[[str, float], None]
 PERTURBATION = {256: "IQ4_XS", 32: "IQ4_NL"}
 """Errors by which sensitivity is measured: small enough for KLD to grow in proportion, large enough to be seen."""
 SENSITIVITY_CHUNKS = 3
+_ROWS_WEIGHTS = 16 << 20
 SENSITIVITY_BINS = 5
 
 
@@ -86,6 +88,16 @@ def measure_or_assume(
         header, names, picked, perturbed, bins=SENSITIVITY_BINS, threads=threads, folder=folder, on_progress=on_progress
     )
     return found, ()
+
+
+def refuse_broken(header: Header) -> None:
+    """Raise HomeinferError that names the first tensor with NaN or infinite values, if there is one; reads them all."""
+    with SourceWeights(header) as weights:
+        for tensor in header.tensors:
+            if is_exact_type(tensor.type):
+                step = max(1, _ROWS_WEIGHTS // tensor.shape[0])
+                for start in range(0, weights.n_rows(tensor), step):
+                    weights.rows(tensor, start, min(start + step, weights.n_rows(tensor)))
 
 
 def _with_error(weights: Floats, inputs: Inputs, threads: int) -> Floats:

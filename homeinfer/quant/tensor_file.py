@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -11,11 +12,18 @@ from typing import IO, Any
 import gguf
 import numpy as np
 
+from homeinfer.model.ggml_types import TYPE_NUMBERS
 from homeinfer.model.header import Header, MetaValue, ValueType
-from homeinfer.quant.output_header import ALIGNMENT, padded
+from homeinfer.quant.output_header import padded
 from homeinfer.quant.recipes import PlannedTensor
 
-_DROPPED = ("split.no", "split.count", "split.tensors.count", "general.alignment", "general.quantization_version")
+_DROPPED = ("split.no", "split.count", "split.tensors.count", "general.alignment", "homeinfer.")
+"""Beginnings of keys that are not the source's to say."""
+_NUMBERS = {
+    ValueType.UINT8: "u1", ValueType.INT8: "i1", ValueType.UINT16: "<u2", ValueType.INT16: "<i2",
+    ValueType.UINT32: "<u4", ValueType.INT32: "<i4", ValueType.FLOAT32: "<f4", ValueType.BOOL: "u1",
+    ValueType.UINT64: "<u8", ValueType.INT64: "<i8", ValueType.FLOAT64: "<f8",
+}  # fmt: skip
 
 
 class TensorFile:
@@ -70,22 +78,34 @@ def header_size(path: Path, header: Header, tensors: tuple[PlannedTensor, ...], 
 def _write_header(
     path: Path, header: Header, tensors: tuple[PlannedTensor, ...], added: Mapping[str, MetaValue]
 ) -> None:
-    values = {key: value for key, value in header.metadata.items() if key not in _DROPPED} | dict(added)
-    writer = gguf.GGUFWriter(path, str(values.pop("general.architecture").value))
-    writer.data_alignment = ALIGNMENT
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in values.items():
-        item = None if value.item is None else gguf.GGUFValueType(int(value.item))
-        plain: Any = value.value
-        if value.type == ValueType.ARRAY and not plain:
-            continue
-        writer.add_key_value(key, plain, gguf.GGUFValueType(int(value.type)), sub_type=item)
-    for info, tensor in zip(header.tensors, tensors, strict=True):
-        kind = gguf.GGMLQuantizationType[tensor.type]
-        # the dtype only decides how gguf-py reads the shape: as weights for any but uint8
-        shape = info.shape[::-1]
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.bytes, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    values = {key: value for key, value in header.metadata.items() if not key.startswith(_DROPPED)}
+    values |= {"general.quantization_version": MetaValue(ValueType.UINT32, gguf.GGML_QUANT_VERSION), **added}
+    with path.open("wb") as file:
+        file.write(struct.pack("<4sIQQ", b"GGUF", gguf.GGUF_VERSION, len(tensors), len(values)))
+        for key, value in values.items():
+            file.write(_text(key) + struct.pack("<I", value.type))
+            file.writelines(_packed(value))
+        offset = 0
+        for info, tensor in zip(header.tensors, tensors, strict=True):
+            file.write(_text(tensor.name) + struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape))
+            file.write(struct.pack("<IQ", TYPE_NUMBERS[tensor.type], offset))
+            offset += padded(tensor.bytes)
+
+
+def _packed(value: MetaValue) -> Iterator[bytes]:
+    """A value's bytes (gguf_write_kv); gguf-py takes neither empty arrays nor texts that are not UTF-8."""
+    items: list[Any] = [value.value]
+    kind = value.type
+    if isinstance(value.value, list):
+        assert value.item is not None
+        items, kind = value.value, value.item
+        yield struct.pack("<IQ", kind, len(items))
+    if kind is ValueType.STRING:
+        yield from map(_text, items)
+    else:
+        yield np.array(items, _NUMBERS[kind]).tobytes()
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data

@@ -76,9 +76,11 @@ def chunks_of(tokens: Ints, size: int, begin: int | None = None) -> list[Ints]:
 def default_text() -> str:
     """English and code that every Python brings: its help topics and the start of some of its modules.
 
-    Text that the model itself generated and random tokens were measured as well: on padded SmolLM2 (135M, Q3_K_M, mean
-    KLD on English, code and chat of other origin) all are within 8 % and none is the best everywhere, while without
-    an imatrix KLD is 55 to 85 % higher. This one takes no time. Raises HomeinferError for a Python that brings neither.
+    For an imatrix, text that the model itself generated and random tokens were measured as well: on padded SmolLM2
+    (135M, Q3_K_M, mean KLD on English, code and chat of other origin) all are within 8 % and none is the best
+    everywhere, while without an imatrix KLD is 55 to 85 % higher. This one takes no time. Hessian-aware rounding
+    depends more on its text: there the model's own is added (self_text.py). Raises HomeinferError for a Python that
+    brings neither.
     """
     parts = [text for text in (_help_topics(), *map(_source, _MODULES)) if text]
     if not parts:
