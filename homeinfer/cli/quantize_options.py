@@ -26,7 +26,7 @@ SourceArgument = Annotated[
 DestinationArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[DST]",
+        metavar="DST",
         help="The GGUF file to write; beside SRC and named after it and the recipe unless given.",
         show_default=False,
     ),

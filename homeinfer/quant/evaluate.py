@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
-import homeinfer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import Header, printable, read_header
+from homeinfer.quant.child import Child
 from homeinfer.quant.evaluator_process import Failed, Finished, Message, Opened, Opening, Request, Scored
 from homeinfer.quant.kld import Scores, statistics
 from homeinfer.quant.logits_file import is_logits_file, scored_positions
@@ -169,17 +165,8 @@ class _Evaluator:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._opening = os.fsdecode(request.reference)
-        # -P with the package's own folder: what lies in the working directory must not be imported
-        paths = [str(Path(homeinfer.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe could fill up and stop the child)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "homeinfer.quant.evaluator_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "GGML_NO_BACKTRACE": "1"},
-        )
+        self._child = Child("homeinfer.quant.evaluator_process", verb="run", name="the evaluation")
+        self._child.subject = _name(Path(os.fsdecode(request.reference)))
 
     def __enter__(self) -> _Evaluator:
         return self
@@ -187,24 +174,17 @@ class _Evaluator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
         try:
-            self._process.communicate()
+            self._child.end()
         finally:
-            self._stderr.close()
             if self._request.keep is not None:
                 Path(os.fsdecode(self._request.keep)).unlink(missing_ok=True)
 
     def open(self) -> int:
         """Load everything and tokenize; returns the number of chunks."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(msgspec.json.encode(self._request) + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise self._death() from None
+        self._child.send(msgspec.json.encode(self._request) + b"\n")
         while isinstance(message := self._receive(), Opening):
-            self._opening = os.fsdecode(message.path)
+            self._child.subject = _name(Path(os.fsdecode(message.path)))
         assert isinstance(message, Opened)
         return message.chunks
 
@@ -218,30 +198,10 @@ class _Evaluator:
                 on_progress(message.fraction)
 
     def _receive(self) -> Message:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise self._death()
-        message: Message = msgspec.json.decode(line, type=Message)
+        message: Message = msgspec.json.decode(self._child.receive(), type=Message)
         if isinstance(message, Failed):
             raise HomeinferError(message.reason)
         return message
-
-    def _death(self) -> HomeinferError:
-        """Why the process ended without a last message: its signal, and what llama.cpp said on stderr."""
-        status = self._process.wait()
-        self._stderr.seek(0)
-        said = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
-        if status == -getattr(signal, "SIGKILL", 0):
-            why = "the evaluation was killed, by someone or because memory ran out; run it again"
-        elif status == -getattr(signal, "SIGBUS", 0):
-            why = "reading the file failed half-way: it was cut short meanwhile, or its disk is damaged"
-        else:
-            end = signal.Signals(-status).name if status < 0 else f"status {status}"
-            asserted = [line[line.index("GGML_ASSERT") :] for line in said if "GGML_ASSERT" in line]
-            last = (asserted or said or ["no reason given"])[-1]
-            why = f"llama.cpp can't run this model, it ended with {end}: {printable(last.strip())}"
-        return HomeinferError(f"{_name(Path(self._opening))}: {why}")
 
 
 def checked_model(path: StrPath, n_ctx: int) -> Header:

@@ -9,15 +9,12 @@ request names, with the file, and ends.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import queue
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +26,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-import homeinfer
 from homeinfer.engine import runtime
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, printable, read_header
+from homeinfer.quant.child import Child
 from homeinfer.quant.kld import Doubles, Floats, Ints, NotFiniteError, Records, compare, pack
 from homeinfer.quant.logits_file import scored_positions
 from homeinfer.quant.mapped_model import MappedModel
@@ -95,7 +92,7 @@ class KldMeter:
         taken = [np.ascontiguousarray(chunk, np.int32) for chunk in chunks if len(chunk) >= _SHORTEST]
         if not taken:
             raise HomeinferError("the text is too short to measure on; give a longer one")
-        self._path = path
+        self._subject = printable(str(path), 1000)
         self._request = Request(
             model=os.fsencode(path),
             folder=os.fsencode(folder),
@@ -106,86 +103,42 @@ class KldMeter:
         self.positions = 0
 
     def __enter__(self) -> KldMeter:
-        # -P with the package's own folder: what lies in the working directory must not be imported
-        paths = [str(Path(homeinfer.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        # a pipe could fill up and stop the child
-        self._stderr = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=runtime.engine_environment(os.environ) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        )
+        name = "the process that ran the model"
+        environment = runtime.engine_environment(os.environ)
+        self._child = Child(__name__, verb="run", name=name, subject=self._subject, environment=environment)
         try:
-            self._send(msgspec.json.encode(self._request) + b"\n")
+            self._child.send(msgspec.json.encode(self._request) + b"\n")
             message = self._receive()
             assert isinstance(message, Ready)
             self.positions = message.positions
         except BaseException:
-            self._end()
+            self._child.end()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._child.end()
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     def measure(self) -> Kld:
         """The divergence from the reference with the weights as they are now; exactly 0 where nothing changed."""
-        self._send(_MEASURE)
+        self._child.send(_MEASURE)
         message = self._receive()
         assert isinstance(message, Measured)
         if message.mean is None or message.stderr is None:
             return Kld(float("nan"), float("nan"))
         return Kld(message.mean, message.stderr)
 
-    def _end(self) -> None:
-        self._process.kill()
-        try:
-            with contextlib.suppress(OSError):  # what it was not sent yet can't be sent any more
-                self._process.communicate()
-        finally:
-            self._stderr.close()
-
-    def _send(self, data: bytes) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(data)
-            self._process.stdin.flush()
-        except OSError:
-            raise self._death() from None
-
     def _receive(self) -> Message:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise self._death()
-        message: Message = msgspec.json.decode(line, type=Message)
+        message: Message = msgspec.json.decode(self._child.receive(), type=Message)
         if isinstance(message, Failed):
             raise HomeinferError(message.reason)
         return message
-
-    def _death(self) -> HomeinferError:
-        """Why the process ended without a last message: its signal, and what llama.cpp said on stderr."""
-        status = self._process.wait()
-        self._stderr.seek(0)
-        said = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
-        if status == -getattr(signal, "SIGKILL", 0):
-            why = "the process that ran the model was killed, by someone or because memory ran out; run it again"
-        elif status == -getattr(signal, "SIGBUS", 0):
-            why = "reading the file failed half-way: it was cut short meanwhile, or its disk is full or damaged"
-        else:
-            end = signal.Signals(-status).name if status < 0 else f"status {status}"
-            asserted = [line[line.index("GGML_ASSERT") :] for line in said if "GGML_ASSERT" in line]
-            last = (asserted or said or ["no reason given"])[-1]
-            why = f"llama.cpp can't run this model, it ended with {end}: {printable(last.strip())}"
-        return HomeinferError(f"{printable(str(self._path), 1000)}: {why}")
 
 
 class _Model(MappedModel):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,11 +21,11 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-import homeinfer
 from homeinfer.engine import runtime
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import printable, read_header
+from homeinfer.quant.child import Child
 from homeinfer.quant.moments_file import Input, write_inputs
 from homeinfer.quant.observe import Ints, Mode, Observed, observe
 from homeinfer.quant.observed_file import read_observed, write_observed
@@ -180,66 +179,20 @@ def _result_file() -> Iterator[Path]:
 
 
 def _run(model: Path, request: Request, on_progress: Callable[[float], None] | None) -> None:
-    # -P with the package's own folder: what lies in the working directory must not be imported
-    paths = [str(Path(homeinfer.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = runtime.engine_environment(os.environ) | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OPENBLAS_NUM_THREADS": "1",  # observe has threads of its own, which need not wait for each other
     }
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    ) as process:
-        try:
-            _follow(process, model, msgspec.json.encode(request) + b"\n", on_progress)
-        finally:
-            process.kill()
-            with contextlib.suppress(OSError):  # what it was not sent yet can't be sent any more
-                process.communicate()
-
-
-def _follow(
-    process: subprocess.Popen[bytes], model: Path, request: bytes, on_progress: Callable[[float], None] | None
-) -> None:
-    assert process.stdin is not None
-    assert process.stdout is not None
+    name, subject = "the process that ran the model", printable(str(model), 1000)
+    child = Child(__name__, verb="run", name=name, subject=subject, environment=environment)
     try:
-        process.stdin.write(request)
-        process.stdin.flush()
-    except OSError:
-        raise _death(process, model) from None
-    while line := process.stdout.readline():
-        if not line.endswith(b"\n"):
-            break
-        match msgspec.json.decode(line, type=Message):
-            case Progress(fraction):
-                if on_progress is not None:
-                    on_progress(fraction)
-            case Failed(reason):
-                raise HomeinferError(reason)
-            case Finished():
-                return
-    raise _death(process, model)
-
-
-def _death(process: subprocess.Popen[bytes], model: Path) -> HomeinferError:
-    """Why the process ended without a last message: its signal, and what llama.cpp said on stderr."""
-    assert process.stderr is not None
-    said = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
-    status = process.wait()
-    if status == -getattr(signal, "SIGKILL", 0):
-        why = "the process that ran the model was killed, by someone or because memory ran out; run it again"
-    elif status == -getattr(signal, "SIGBUS", 0):
-        why = "reading the file failed half-way: it was cut short meanwhile, or its disk is damaged"
-    else:
-        end = signal.Signals(-status).name if status < 0 else f"status {status}"
-        asserted = [line[line.index("GGML_ASSERT") :] for line in said if "GGML_ASSERT" in line]
-        last = (asserted or said or ["no reason given"])[-1]
-        why = f"llama.cpp can't run this model, it ended with {end}: {printable(last.strip())}"
-    return HomeinferError(f"{printable(str(model), 1000)}: {why}")
+        child.send(msgspec.json.encode(request) + b"\n")
+        while not isinstance(message := msgspec.json.decode(child.receive(), type=Message), Finished):
+            if isinstance(message, Failed):
+                raise HomeinferError(message.reason)
+            if on_progress is not None:
+                on_progress(message.fraction)
+    finally:
+        child.end()
 
 
 def _work(request: Request, on_progress: Callable[[float], None]) -> None:
