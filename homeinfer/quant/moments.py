@@ -4,8 +4,8 @@ The error of a rounded weight Ŵ in the layer's output is tr((Ŵ-W)·H·(Ŵ-W)�
 Frantar et al. 2023, section 3). Two things are added to that:
 
 - Every later token attends to a chunk's first (an attention sink; Xiao et al. 2024), so errors in its keys and values
-  weigh more than one token's share: weights that make them get mean(x₀x₀ᵀ) of the chunks' first tokens added. On
-  SmolLM2 that cut the KLD tenfold, and for other roles it did nothing or harm.
+  weigh more than one token's share: weights that make them get mean(x₀x₀ᵀ) of the chunks' first tokens added. Other
+  roles don't: in a trial on SmolLM2 it did nothing there, or harm.
 - llama.cpp's CPU kernels round activations to 8 bit, which at 4.5 bpw errs about as much as the weights themselves.
 """
 

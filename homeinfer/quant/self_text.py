@@ -1,8 +1,8 @@
 """Text that a model writes itself, half of it as conversations: what it is calibrated on beside given texts.
 
 Weights matter by the inputs they get at work, and at work a model reads its own words between its template's tokens.
-On padded SmolLM2 (135M) half of such text, and half of that conversations, cut the KLD on chat from 0.157 to 0.122
-nats and cost little elsewhere. Sampling is plain: temperature 1, nothing cut off.
+Rounding with second moments fits the text it is given, and without this chat suffers most (scripts/bench_quality.py
+--other-texts measures it). Sampling is plain: temperature 1, nothing cut off.
 """
 
 from __future__ import annotations
