@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,11 +24,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from homeinfer.cluster.local import RingOptions, start_local_ring, window_specs
 from homeinfer.engine import runtime
+from homeinfer.engine.generate import Request
 from homeinfer.engine.pipeline import Batch, Floats, Remove
+from homeinfer.engine.sampling import Sampling
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
 from homeinfer.model.window_plan import split_layers
@@ -36,9 +40,31 @@ N_CTX = 1024
 N_BATCH = 512
 
 
-class Contender(Protocol):
+class Steps(msgspec.Struct, frozen=True):
+    """Milliseconds of a prefill and of each token after the one that it gave; for the ring also what each of these
+    cost its windows (computing and in all) and the sampler."""
+
+    prefill: float
+    steps: list[float]
+    spent: list[list[tuple[float, float]]] = []
+    choosing: list[float] = []
+
+
+class Stepped(Protocol):
     def forward(self, batch: Batch) -> Floats: ...
     def clear(self) -> None: ...
+
+
+def answer(contender: Stepped, prompt: list[int], tokens: int) -> Steps:
+    """Greedy tokens, each chosen by numpy's argmax and fed back."""
+    contender.clear()
+    times = [time.perf_counter()]
+    batch = Batch.of(prompt, 0)
+    for i in range(tokens + 1):
+        token = int(contender.forward(batch)[0].argmax())
+        times.append(time.perf_counter())
+        batch = Batch.of([token], len(prompt) + i)
+    return Steps((times[1] - times[0]) * 1e3, [(b - a) * 1e3 for a, b in itertools.pairwise(times[1:])])
 
 
 class PlainLlama:
@@ -93,18 +119,27 @@ class Windows:
 
 
 class Ring:
-    """Three devices, each a process, and this one as their head."""
+    """Three devices, each a process, and this one as their head, which asks for an answer as `homeinfer run` does."""
 
     def __init__(self, model: str, threads: int) -> None:
         options = RingOptions(devices=3, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads)
-        self._pipeline = start_local_ring(read_header(model), options)
-        self.forward = self._pipeline.forward
+        self.pipeline = start_local_ring(read_header(model), options)
 
-    def clear(self) -> None:
-        self._pipeline.edit([Remove(0)])
+    def answer(self, prompt: list[int], tokens: int) -> Steps:
+        """Greedy tokens, chosen by homeinfer's sampler; the time is that at which the head hears of them."""
+        times = [time.perf_counter()]
+        spent: list[list[tuple[float, float]]] = []
+        choosing: list[float] = []
 
-    def spent(self) -> list[tuple[float, float]]:
-        return [(s.computing / 1e3, s.holding / 1e3) for s in self._pipeline.spent]
+        def on_token(_token: int) -> None:
+            times.append(time.perf_counter())
+            spent.append([(s.computing / 1e3, s.holding / 1e3) for s in self.pipeline.spent])
+            choosing.append(self.pipeline.choosing / 1e3)
+
+        request = Request(Sampling(temperature=0), tokens + 1, fresh=True)
+        self.pipeline.tell(prompt, request, on_token, lambda: False)
+        steps = [(b - a) * 1e3 for a, b in itertools.pairwise(times[1:])]
+        return Steps((times[1] - times[0]) * 1e3, steps, spent[1:], choosing[1:])
 
 
 def silent(_level: int, _text: bytes, _user: object) -> None:
@@ -131,26 +166,13 @@ def work(name: str, model: str, threads: int, link: Connection) -> None:
     contender = CONTENDERS[name](model, threads)
     link.send("ready")
     while (request := link.recv()) is not None:
-        link.send(block(contender, *request))
+        n_prompt, tokens = request
+        prompt = np.random.default_rng(0).integers(100, 20_000, n_prompt).tolist()
+        link.send(
+            contender.answer(prompt, tokens) if isinstance(contender, Ring) else answer(contender, prompt, tokens)
+        )
     if isinstance(contender, Ring):
-        contender._pipeline.close()
-
-
-def block(contender: Any, prompt: int, tokens: int) -> dict[str, Any]:
-    """One prefill and some decode steps; per-step times in ms, and what the ring's devices spent."""
-    ids = np.random.default_rng(0).integers(100, 20_000, prompt + tokens).tolist()
-    contender.clear()
-    begin = time.perf_counter()
-    contender.forward(Batch.of(ids[:prompt], 0))
-    prefill = (time.perf_counter() - begin) * 1e3
-    steps, spent = [], []
-    for i in range(tokens):
-        begin = time.perf_counter()
-        contender.forward(Batch.of([ids[prompt + i]], prompt + i))
-        steps.append((time.perf_counter() - begin) * 1e3)
-        if isinstance(contender, Ring):
-            spent.append(contender.spent())
-    return {"prefill": prefill, "steps": steps, "spent": spent}
+        contender.pipeline.close()
 
 
 @contextlib.contextmanager
@@ -164,7 +186,7 @@ def environment_of(name: str) -> Iterator[None]:
     os.environ.update(before)
 
 
-def measure(model: str, threads: int, rounds: int, prompt: int, tokens: int) -> dict[str, list[dict[str, Any]]]:
+def measure(model: str, threads: int, rounds: int, prompt: int, tokens: int) -> dict[str, list[Steps]]:
     """Blocks of all contenders in turn; the first round only warms up."""
     spawn = multiprocessing.get_context("spawn")
     links, processes = {}, []
@@ -178,14 +200,14 @@ def measure(model: str, threads: int, rounds: int, prompt: int, tokens: int) -> 
             raise SystemExit(f"{name} did not come up")
         links[name] = mine
         processes.append(process)
-    blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    blocks: dict[str, list[Steps]] = {name: [] for name in CONTENDERS}
     for turn in range(rounds + 1):
         for name, link in links.items():
             time.sleep(0.05)  # the threads of the one before have gone to sleep
             link.send((prompt, tokens))
-            answer = link.recv()
+            measured = link.recv()
             if turn:
-                blocks[name].append(answer)
+                blocks[name].append(measured)
     for link in links.values():
         link.send(None)
     for process in processes:
@@ -193,18 +215,19 @@ def measure(model: str, threads: int, rounds: int, prompt: int, tokens: int) -> 
     return blocks
 
 
-def summary(blocks: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, Any]:
+def summary(blocks: dict[str, list[Steps]], prompt: int) -> dict[str, Any]:
     """Medians and their ratios; ratios are medians over rounds of the ratio within a round."""
-    decode = {name: [statistics.median(b["steps"]) for b in bs] for name, bs in blocks.items()}
-    prefill = {name: [b["prefill"] for b in bs] for name, bs in blocks.items()}
+    decode = {name: [statistics.median(b.steps) for b in bs] for name, bs in blocks.items()}
+    prefill = {name: [b.prefill for b in bs] for name, bs in blocks.items()}
 
     def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
         return round(statistics.median(a / b for a, b in zip(times[over], times[under], strict=True)), 4)
 
-    steps = [(t, s) for b in blocks["ring3"] for t, s in zip(b["steps"], b["spent"], strict=True)]
-    hops = len(steps[0][1]) + 1  # head to first device, …, last device to head: one message each
-    outside = [(t - sum(c for c, _ in s)) / hops for t, s in steps]
-    device = [sum(h - c for c, h in s) / hops for _, s in steps]
+    steps = [step for b in blocks["ring3"] for step in zip(b.steps, b.spent, b.choosing, strict=True)]
+    hops = len(steps[0][1])  # the last window's device chooses the token and sends it to the first: a message each
+    outside = [(t - sum(c for c, _ in s)) / hops for t, s, _ in steps]
+    device = [sum(h - c for c, h in s) / hops for _, s, _ in steps]
+    choosing = [c / hops for _, _, c in steps]
     return {
         "layerwindow_decode_ratio": ratio(decode, "llama_cpp", "layerwindow"),
         "layerwindow_prefill_ratio": ratio(prefill, "llama_cpp", "layerwindow"),
@@ -215,14 +238,15 @@ def summary(blocks: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, A
         "hop_overhead_ms": round(statistics.median(outside), 4),
         "hop_overhead_by_cause_ms": {
             "device: python and copying": round(statistics.median(device), 4),
-            "head, zeromq and waking up": round(
-                statistics.median(o - d for o, d in zip(outside, device, strict=True)), 4
+            "choosing the token": round(statistics.median(choosing), 4),
+            "zeromq and waking up": round(
+                statistics.median(o - d - c for o, d, c in zip(outside, device, choosing, strict=True)), 4
             ),
         },
         "tpot_ms": {name: round(statistics.median(v), 3) for name, v in decode.items()},
         "prefill_tokens_per_s": {name: round(1e3 * prompt / statistics.median(v), 1) for name, v in prefill.items()},
         "ring3_overhead_ms_per_token": round(statistics.median(outside) * hops, 3),
-        "ring3_computing_ms": round(statistics.median(sum(c for c, _ in s) for _, s in steps), 3),
+        "ring3_computing_ms": round(statistics.median(sum(c for c, _ in s) for _, s, _ in steps), 3),
     }
 
 

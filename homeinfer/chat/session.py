@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from homeinfer.chat.template import ChatMessage, ChatTemplate
-from homeinfer.engine.generate import Generator, Outcome
+from homeinfer.engine.answers import Generator, Outcome
 from homeinfer.engine.pipeline import DeviceInfo
 from homeinfer.engine.sampling import Sampling
 from homeinfer.errors import HomeinferError
@@ -96,7 +96,7 @@ class Session:
     @property
     def n_ctx(self) -> int:
         """Tokens that the context holds."""
-        return self._generator.pipeline.n_ctx
+        return self._generator.teller.n_ctx
 
     @property
     def system(self) -> str | None:
@@ -225,7 +225,7 @@ class Session:
             last_ttft_ms=self.last.ttft_ms if self.last else 0.0,
             context_used=self.context_used,
             n_ctx=self.n_ctx,
-            devices=self._generator.pipeline.devices,
+            devices=self._generator.teller.devices,
         )
 
 

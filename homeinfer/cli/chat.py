@@ -34,7 +34,7 @@ from homeinfer.cli.sampling_options import (
     grammar_text,
 )
 from homeinfer.cluster.local import RingOptions
-from homeinfer.engine.pipeline import Pipeline
+from homeinfer.engine.answers import Teller
 from homeinfer.engine.sampling import Sampler, Sampling
 
 
@@ -92,15 +92,15 @@ def chat(
         template = ChatTemplate(ready.header, ready.tokenizer)
         name = model_name(model)
         session = Session(name, template, ready.generator, sampling, limit=n_predict, system=system)
-        talk(session, ui.notes, banner(name, ready.generator.pipeline, template))
+        talk(session, ui.notes, banner(name, ready.generator.teller, template))
 
 
-def banner(name: str, pipeline: Pipeline, template: ChatTemplate) -> str:
+def banner(name: str, teller: Teller, template: ChatTemplate) -> str:
     """The chat's first lines."""
-    devices = pipeline.devices
+    devices = teller.devices
     layers = sum(last - first for device in devices for first, last in device.windows)
     where = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
-    lines = [f"{name}: {layers} layers on {where}, context {pipeline.n_ctx:,}"]
+    lines = [f"{name}: {layers} layers on {where}, context {teller.n_ctx:,}"]
     if not template.is_own:
         lines.append("The file holds no chat template, so it may be no chat model; it is asked in ChatML.")
     return "\n".join([*lines, "/help for commands, Ctrl-D leaves"])

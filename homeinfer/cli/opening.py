@@ -12,7 +12,7 @@ import typer
 
 from homeinfer.cli import ui
 from homeinfer.cluster.local import RingOptions, start_local_ring
-from homeinfer.engine.generate import Generator
+from homeinfer.engine.answers import Generator
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.architectures import check_generates

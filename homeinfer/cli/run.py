@@ -36,7 +36,8 @@ from homeinfer.cli.sampling_options import (
     grammar_text,
 )
 from homeinfer.cluster.local import RingOptions
-from homeinfer.engine.generate import FinishReason, Outcome
+from homeinfer.engine.answers import Outcome
+from homeinfer.engine.generate import FinishReason
 from homeinfer.engine.pipeline import DeviceInfo
 from homeinfer.engine.sampling import Sampling
 from homeinfer.errors import HomeinferError
@@ -107,7 +108,7 @@ def run(
     with opened(model, options, quiet=json) as ready:
         tokens = prompt_tokens(ready, text, system, raw=raw)
         outcome = ready.generator.answer(tokens, sampling, n_predict, on_text=_ignore if json else _print)
-        devices = list(ready.generator.pipeline.devices)
+        devices = list(ready.generator.teller.devices)
     if json:
         typer.echo(msgspec.json.encode(run_result(outcome, devices, sampling.seed)))
         return

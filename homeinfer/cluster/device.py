@@ -1,180 +1,284 @@
-"""The engine process of a device: loads windows, takes batches from the ring, passes on what comes out.
-
-The same code whether the other devices are on this machine or not. llama.cpp ends the process on what it
-dislikes, so this is a process of its own and its supervisor reports the end. It leaves when its standard
-input closes: with the supervisor, however that ended.
-
-    python -m homeinfer.cluster.device    (lines of engine_messages on stdin and stdout)
-"""
+"""What an engine does with the messages of the ring: its windows, and the answers where it holds the last one."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
-import sys
-import threading
 import time
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import msgspec
+import numpy as np
 
-from homeinfer.cluster.engine_messages import (
-    BEAT_SECONDS,
-    Beat,
-    Failed,
-    FromEngine,
-    Listening,
-    Loading,
-    Ready,
-    Routes,
-    Setup,
+from homeinfer.cluster.engine_messages import Hop, Routes, Setup
+from homeinfer.cluster.wire.messages import (
+    Ask,
+    Cancel,
+    Edits,
+    Failure,
+    Finished,
+    Message,
+    Spent,
+    Step,
+    Stop,
+    Told,
+    decode,
+    encode,
+    first_step,
+    logits_of,
 )
-from homeinfer.cluster.wire.messages import Edits, Failure, Message, Spent, Step, Stop, decode, encode
-from homeinfer.cluster.wire.transport import Links, send
+from homeinfer.cluster.wire.transport import Links, Peer, send
+from homeinfer.engine.generate import TokenLoop
+from homeinfer.engine.pipeline import Batch, DeviceInfo, Floats, KvEdit
+from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.engine.window import LayerWindow
 from homeinfer.errors import HomeinferError
 
-_FRAME_SLACK = 1 << 16
+
+class RingEnds(Exception):
+    """A Stop came in the middle of an answer."""
+
+
+class DeviceFailure(HomeinferError):
+    """What another device could not do."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class Device:
-    """Windows and links of one engine, and what it does with each message."""
+    """Windows and links of one engine."""
 
     def __init__(self, setup: Setup, windows: list[LayerWindow], links: Links, routes: Routes) -> None:
-        self._setup = setup
+        self.epoch = setup.epoch
+        self._name = setup.name
         self._links = links
-        self._hops = {hop.hop: (windows[hop.window], links.sender(hop.next)) for hop in routes.hops}
+        self._windows = windows
+        self._hops = {hop.hop: hop for hop in routes.hops}
+        self._head = routes.head
+        self._teller = _Teller(self, windows[-1], routes, setup.vocabulary) if routes.n_hops - 1 in self._hops else None
 
     def run(self) -> None:
         """Serve until a Stop comes."""
         while True:
-            frames = self._links.receive()
-            if frames is None:
+            arrived = self.receive()
+            if arrived is None:
                 continue
-            begin = time.perf_counter()
+            message, rows = arrived
             try:
-                message, rows = decode(frames)
-                window, following = self._hops[message.hop]
-            except (HomeinferError, KeyError):
-                continue  # nothing of this ring: nobody to tell
-            if message.epoch != self._setup.epoch:
-                continue
-            send(following, self._answer(message, rows, window, begin))
-            if isinstance(message, Stop):
+                if isinstance(message, Ask):
+                    if self._teller is not None:
+                        self._teller.answer(message, rows)
+                elif not isinstance(message, Cancel):
+                    if self._teller is not None and not isinstance(message, Stop):
+                        self._teller.loop.forget()  # somebody else changes the memory
+                    self.pass_on(message, rows)
+                    if isinstance(message, Stop):
+                        return
+            except RingEnds:
                 return
 
-    def _answer(self, message: Message, rows: Any, window: LayerWindow, begin: float) -> list[Any]:
+    def receive(self, *, wait: bool = True) -> tuple[Message, Any] | None:
+        """The next message that is of this ring's epoch, or None when what came was none, or nothing came."""
+        frames = self._links.receive() if wait else self._links.receive_now()
+        if frames is None:
+            return None
+        try:
+            message, rows = decode(frames)
+        except HomeinferError:
+            return None  # nothing of this ring: nobody to tell
+        return (message, rows) if message.epoch == self.epoch else None
+
+    def pass_on(self, message: Message, rows: Any) -> None:
+        """Take a message through this device's windows and send it to the next device."""
+        if message.hop in self._hops:
+            peer, message, rows = self.advance(message, rows)
+            self.send(peer or self._head, message, rows)
+
+    def advance(self, message: Message, rows: Any) -> tuple[Peer | None, Message, Any]:
+        """A message and its rows behind this device's next windows, and where they go (None: it was the last one)."""
+        while message.hop in self._hops:
+            hop = self._hops[message.hop]
+            message, rows = self._answer(message, rows, hop)
+            if hop.next is not None:
+                return hop.next, message, rows
+        return None, message, rows
+
+    def send(self, peer: Peer, message: Message, rows: Any = b"") -> None:
+        send(self._links.sender(peer), encode(message, rows))
+
+    def tell(self, message: Message) -> None:
+        """To the head."""
+        self.send(self._head, message)
+
+    def failure(self, step: int, problem: HomeinferError) -> Failure:
+        """What the head hears of a problem, another device's or this one's."""
+        if isinstance(problem, DeviceFailure):
+            return msgspec.structs.replace(problem.failure, step=step)
+        return Failure(self.epoch, step, 0, self._name, str(problem))
+
+    def _answer(self, message: Message, rows: Any, hop: Hop) -> tuple[Message, Any]:
+        window = self._windows[hop.window]
         try:
             if isinstance(message, Step):
-                return self._step(message, rows, window, begin)
+                return self._step(message, rows, window)
             if isinstance(message, Edits):
                 window.edit(message.edits)
         except HomeinferError as problem:
-            return encode(Failure(message.epoch, message.step, message.hop + 1, self._setup.name, str(problem)))
-        return encode(msgspec.structs.replace(message, hop=message.hop + 1))
+            return Failure(message.epoch, message.step, message.hop + 1, self._name, str(problem)), b""
+        return msgspec.structs.replace(message, hop=message.hop + 1), b""
 
-    def _step(self, step: Step, rows: Any, window: LayerWindow, begin: float) -> list[Any]:
+    def _step(self, step: Step, rows: Any, window: LayerWindow) -> tuple[Message, Any]:
+        begin = time.perf_counter()
         if step.width != (0 if window.takes_tokens else window.n_embd):
             raise HomeinferError(f"rows of {step.width} numbers do not fit the window from layer {window.spec.first}")
         out = window.forward_bytes(step.n, step.index, rows)
         spent = Spent(window.computing * 1e6, (time.perf_counter() - begin) * 1e6)
-        return encode(
-            Step(step.epoch, step.step, step.hop + 1, step.n, window.width, step.index, spent=(*step.spent, spent)), out
-        )
+        passed = (*step.spent, spent)
+        return Step(step.epoch, step.step, step.hop + 1, step.n, window.width, step.index, passed), out
 
 
-class _Supervisor:
-    """The lines to and from whoever started this process."""
+class _Teller:
+    """The token loop on the device that holds the last window: a Pipeline from the inside of the ring.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    Its steps are numbered downwards from -1, so that they are never taken for the head's.
+    """
 
-    def say(self, message: FromEngine) -> None:
-        with self._lock, contextlib.suppress(BrokenPipeError):
-            sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
-            sys.stdout.buffer.flush()
+    def __init__(self, device: Device, last: LayerWindow, routes: Routes, vocabulary: str) -> None:
+        self._device = device
+        self._spec = last.spec
+        self._n_hops = routes.n_hops
+        self._first = routes.first
+        self._step = 0
+        self._asked = 0
+        self._is_cancelled = False
+        self._untold: list[Told] = []
+        self._spent: tuple[Spent, ...] = ()
+        self._back = 0.0
+        self.can_shift = True
+        """Said by the head in the request's stead: edits that a window can't do fail there."""
+        self.n_vocab = last.n_vocab
+        self.loop = TokenLoop(self, _ModelVocabulary(vocabulary, last.n_vocab))
 
-    def hear(self) -> bytes:
-        return sys.stdin.buffer.readline()
+    @property
+    def n_ctx(self) -> int:
+        return self._spec.n_ctx
 
-    def leave_with_it(self, listen: str) -> None:
-        """End this process when stdin ends, even in the middle of a computation."""
-        sys.stdin.buffer.read()
-        remove_sockets(listen)
-        os._exit(0)
+    @property
+    def n_batch(self) -> int:
+        return self._spec.n_batch
 
-    def beat(self) -> None:
+    @property
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        return ()
+
+    def answer(self, ask: Ask, rows: Any) -> None:
+        """Write an answer for the head. Raises RingEnds when the ring ends meanwhile."""
+        self._asked, self._is_cancelled = ask.step, False
+        self.can_shift = ask.can_shift
+        try:
+            prompt = _prompt(ask, rows, self.n_ctx)
+            finish = self.loop.run(prompt, ask.request, self._on_token, self._cancelled)
+            self._tell_tokens()
+            self._device.tell(Finished(self._device.epoch, ask.step, 0, finish))
+        except HomeinferError as problem:
+            self._tell_tokens()
+            self._device.tell(self._device.failure(ask.step, problem))
+
+    def forward(self, batch: Batch) -> Floats:
+        """Once around the ring (homeinfer.engine.pipeline.Pipeline)."""
+        message, rows = self._around(*first_step(self._device.epoch, self._next_step(), batch))
+        if isinstance(message, Step):
+            self._spent = message.spent
+        self._back = time.perf_counter()
+        return logits_of(message, rows, int(np.count_nonzero(batch.wanted)), self.n_vocab)
+
+    def edit(self, edits: Sequence[KvEdit]) -> None:
+        """Once around the ring; returns when every window has done it."""
+        self._around(Edits(self._device.epoch, self._next_step(), 0, tuple(edits)), b"")
+
+    def close(self) -> None:
+        """The ring is not this end's to close."""
+
+    def _next_step(self) -> int:
+        self._step -= 1
+        return self._step
+
+    def _around(self, message: Message, rows: Any) -> tuple[Message, Any]:
+        if self._first is None:
+            self._tell_tokens()  # nobody else computes meanwhile
+            peer, message, rows = self._device.advance(message, rows)
+            if peer is None:
+                return _checked(message, rows)
+            self._device.send(peer, message, rows)
+        else:
+            self._device.send(self._first, message, rows)
+        self._tell_tokens()
+        return self._await()
+
+    def _await(self) -> tuple[Message, Any]:
         while True:
-            time.sleep(BEAT_SECONDS)
-            self.say(Beat())
+            arrived = self._device.receive()
+            if arrived is None or self._heard(arrived[0]):
+                continue
+            message, rows = arrived
+            if message.step != self._step:
+                continue  # of an answer that failed
+            peer, message, rows = self._device.advance(message, rows)
+            if peer is None and message.hop == self._n_hops:
+                return _checked(message, rows)
+            if peer is not None:
+                self._device.send(peer, message, rows)
+
+    def _heard(self, message: Message) -> bool:
+        """Whether a message was for the teller itself."""
+        if isinstance(message, Cancel):
+            self._is_cancelled |= message.step == self._asked
+        elif isinstance(message, Stop):
+            self._device.pass_on(message, b"")
+            raise RingEnds
+        return isinstance(message, Cancel | Ask)
+
+    def _cancelled(self) -> bool:
+        if self._first is None:
+            while (arrived := self._device.receive(wait=False)) is not None:
+                self._heard(arrived[0])
+        return self._is_cancelled
+
+    def _on_token(self, token: int) -> None:
+        choosing = (time.perf_counter() - self._back) * 1e6
+        self._untold.append(Told(self._device.epoch, self._asked, 0, token, self._spent, choosing))
+
+    def _tell_tokens(self) -> None:
+        """Only when the next step is on its way: what the head does with a token is nobody's to wait for."""
+        for told in self._untold:
+            self._device.tell(told)
+        self._untold.clear()
 
 
-def remove_sockets(listen: str) -> None:
-    """Unlink the files of a local ring whose head has left, and their folder, which was made for them."""
-    if listen.startswith("ipc://"):
-        folder = Path(listen.removeprefix("ipc://")).parent
-        with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                if path.is_socket():
-                    path.unlink(missing_ok=True)
-            folder.rmdir()
+class _ModelVocabulary:
+    """Loaded from the model when a grammar first asks for it: windows have none."""
+
+    def __init__(self, path: str, n_vocab: int) -> None:
+        self._path = path
+        self.n_vocab = n_vocab
+
+    @cached_property
+    def vocab(self) -> Any:
+        self._tokenizer = Tokenizer(self._path)
+        return self._tokenizer.vocab
 
 
-def load_windows(setup: Setup, supervisor: _Supervisor) -> list[LayerWindow]:
-    """Load all windows, telling the supervisor how far it is. Raises HomeinferError."""
-    windows: list[LayerWindow] = []
-    last_said = 0.0
-
-    def progress(share: float) -> bool:
-        nonlocal last_said
-        if time.monotonic() - last_said > 0.1:
-            last_said = time.monotonic()
-            supervisor.say(Loading((len(windows) + share) / len(setup.windows)))
-        return True
-
-    for spec in setup.windows:
-        windows.append(LayerWindow(spec, progress))
-    return windows
+def _checked(message: Message, rows: Any) -> tuple[Message, Any]:
+    if isinstance(message, Failure):
+        raise DeviceFailure(message)
+    return message, rows
 
 
-def serve(supervisor: _Supervisor) -> None:
-    """Set up, load, and serve until the ring ends. Raises HomeinferError."""
-    setup = msgspec.json.decode(supervisor.hear(), type=Setup)
-    widest = max(spec.embedding_length for spec in setup.windows)
-    rows = max(spec.n_batch for spec in setup.windows)
-    links = Links(setup.listen, setup.keys, max_bytes=rows * widest * 4 + _FRAME_SLACK)
-    supervisor.say(Listening(links.address))
-    said = supervisor.hear()
-    if not said:  # the supervisor has gone already
-        links.close()
-        remove_sockets(setup.listen)
-        return
-    routes = msgspec.json.decode(said, type=Routes)
-    threading.Thread(target=supervisor.leave_with_it, args=(setup.listen,), daemon=True).start()
-    threading.Thread(target=supervisor.beat, daemon=True).start()
-    windows = load_windows(setup, supervisor)
-    gc.freeze()
-    supervisor.say(Ready(windows[-1].n_vocab, all(w.can_shift for w in windows)))
-    Device(setup, windows, links, routes).run()
-    links.close()
-
-
-def main() -> NoReturn:
-    """Entry of the engine process."""
-    supervisor = _Supervisor()
-    try:
-        serve(supervisor)
-    except HomeinferError as problem:
-        supervisor.say(Failed(str(problem)))
-    except msgspec.MsgspecError as problem:
-        supervisor.say(Failed(f"the engine was given what it can't read: {problem}"))
-    # no tidy-up of llama.cpp: the process ends here, and its destructors have been seen to hang
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+def _prompt(ask: Ask, rows: Any, n_ctx: int) -> list[int]:
+    """The prompt's tokens. Raises HomeinferError for one that is not what the Ask says, or too long."""
+    if not 0 < ask.n < n_ctx or memoryview(rows).nbytes != 4 * ask.n:
+        raise HomeinferError(f"a prompt of {ask.n} tokens does not fit a context of {n_ctx}")
+    tokens: list[int] = np.frombuffer(rows, np.int32).tolist()
+    return tokens

@@ -9,28 +9,37 @@ from homeinfer.engine.window import WindowSpec
 
 
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
-    """First line to the engine: who it is, where it listens, what it loads."""
+    """First line to the engine: who it is, where it listens, what it loads. vocabulary: a file with the model's
+    tokens, for grammars, where the last window is."""
 
     name: str
     epoch: int
     listen: str
     windows: tuple[WindowSpec, ...]
     keys: Keys | None = None
+    vocabulary: str = ""
 
 
 class Hop(msgspec.Struct, frozen=True):
     """Messages for window number `hop` of the ring are for window `window` of this engine; what comes
-    out goes to `next`, as hop + 1."""
+    out goes to `next`, as hop + 1, or stays here for the next window where that is None."""
 
     hop: int
     window: int
-    next: Peer
+    next: Peer | None
 
 
 class Routes(msgspec.Struct, frozen=True, tag="routes"):
-    """Second line to the engine, when every engine listens."""
+    """Second line to the engine, when every engine listens.
+
+    n_hops: windows in the ring, of which the engine with the last one writes answers, for the head, and starts
+    its steps at `first` (None: here).
+    """
 
     hops: tuple[Hop, ...]
+    n_hops: int
+    head: Peer
+    first: Peer | None
 
 
 class Listening(msgspec.Struct, frozen=True, tag="listening"):

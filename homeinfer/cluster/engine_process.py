@@ -42,7 +42,7 @@ class EngineProcess:
         self._heard = time.monotonic()
         self._errors: deque[str] = deque(maxlen=40)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "homeinfer.cluster.device"],
+            [sys.executable, "-m", "homeinfer.cluster.engine"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

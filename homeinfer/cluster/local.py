@@ -99,7 +99,7 @@ def start_local_ring(
     Raises HomeinferError when the model can't be cut so, or an engine does not come up; nothing stays behind.
     """
     specs = window_specs(header, split_layers(header, options.devices), options, on_cut)
-    starter = _Starter(specs, most_logits(header, options), network=options.network)
+    starter = _Starter(header, specs, most_logits(header, options), network=options.network)
     try:
         starter.start()
         return starter.join(on_load)
@@ -124,8 +124,9 @@ def most_logits(header: Header, options: RingOptions) -> int:
 class _Starter:
     """The processes, sockets and folder of a ring while it comes up, and their end."""
 
-    def __init__(self, specs: list[WindowSpec], most_bytes: int, *, network: bool) -> None:
+    def __init__(self, header: Header, specs: list[WindowSpec], most_bytes: int, *, network: bool) -> None:
         self._specs = specs
+        self._vocabulary = header.files[0].path
         self._epoch = time.time_ns() & 0x7FFFFFFFFFFF
         self._names = [f"device-{i + 1}" for i in range(len(specs))]
         self._folder = None if network else _socket_folder()
@@ -153,20 +154,24 @@ class _Starter:
 
     def start(self) -> None:
         for name, spec in zip(self._names, self._specs, strict=True):
-            setup = Setup(name, self._epoch, self._listen(name), (spec,), self._keys_of(name))
+            setup = Setup(name, self._epoch, self._listen(name), (spec,), self._keys_of(name), self._vocabulary)
             self._engines.append(EngineProcess(setup))
 
     def join(self, on_load: Callable[[list[float]], None]) -> RingPipeline:
         self._wait(lambda engine: engine.address is not None, lambda _shares: None)
         peers = [self._peer(e.setup.name, e.address or "") for e in self._engines]
         peers.append(self._peer(_HEAD, self._links.address))
+        n = len(self._engines)
         for hop, engine in enumerate(self._engines):
-            engine.route(Routes((Hop(hop, 0, peers[hop + 1]),)))
+            following = peers[hop + 1] if hop + 1 < n else None
+            first = peers[0] if n > 1 else None
+            engine.route(Routes((Hop(hop, 0, following),), n, peers[n], first))
         self._wait(lambda engine: engine.ready is not None, on_load)
         ready = [engine.ready for engine in self._engines if engine.ready is not None]
         shape = RingShape(
             epoch=self._epoch,
             first=peers[0],
+            last=peers[n - 1],
             n_vocab=ready[-1].n_vocab,
             n_ctx=self._specs[0].n_ctx,
             n_batch=self._specs[0].n_batch,

@@ -1,4 +1,4 @@
-"""The head's end of a ring: a Pipeline whose layers are in other processes."""
+"""The head's end of a ring: a Pipeline and a Teller whose layers are in other processes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import msgspec
 import numpy as np
 
 from homeinfer.cluster.wire.messages import (
+    Ask,
+    Cancel,
     Edits,
     Failure,
+    Finished,
     Message,
     Spent,
     Step,
     Stop,
+    Told,
     decode,
     encode,
     first_step,
     logits_of,
 )
 from homeinfer.cluster.wire.transport import Links, Peer, send
+from homeinfer.engine.generate import Finish, Request
 from homeinfer.engine.pipeline import Batch, DeviceInfo, Floats, KvEdit
 from homeinfer.errors import HomeinferError
 
@@ -29,10 +34,11 @@ CHECK_MS = 200
 
 
 class RingShape(msgspec.Struct, frozen=True):
-    """What the head knows of a ring, whose first window is behind `first`."""
+    """What the head knows of a ring: its first window is behind `first`, its last one behind `last`."""
 
     epoch: int
     first: Peer
+    last: Peer
     n_vocab: int
     n_ctx: int
     n_batch: int
@@ -41,7 +47,8 @@ class RingShape(msgspec.Struct, frozen=True):
 
 
 class RingPipeline:
-    """Sends batches into the ring and waits for what comes back (homeinfer.engine.pipeline.Pipeline).
+    """Asks the ring for answers (homeinfer.engine.answers.Teller), whose token loop runs on the device with the last
+    window; or sends batches into it and waits for what comes back (homeinfer.engine.pipeline.Pipeline).
 
     `check` is called while waiting, a few times a second, and raises when a device is gone; `on_close`
     ends the devices.
@@ -51,11 +58,14 @@ class RingPipeline:
         self._shape = shape
         self._links = links
         self._first = links.sender(shape.first)
+        self._last = links.sender(shape.last)
         self._check = check
         self._on_close = on_close
         self._step = 0
         self.spent: tuple[Spent, ...] = ()
-        """What the last batch cost each window."""
+        """What the last batch, or the last token's, cost each window."""
+        self.choosing = 0.0
+        """Microseconds in which the last token was chosen."""
         self._closed = False
 
     @property
@@ -78,10 +88,35 @@ class RingPipeline:
     def devices(self) -> tuple[DeviceInfo, ...]:
         return self._shape.devices
 
+    def tell(
+        self,
+        prompt: Sequence[int],
+        request: Request,
+        on_token: Callable[[int], None],
+        cancelled: Callable[[], bool],
+    ) -> Finish:
+        """Let the ring write an answer. Raises HomeinferError when a device can't or is gone."""
+        self._step += 1
+        ask = Ask(self._shape.epoch, self._step, 0, len(prompt), request, self.can_shift)
+        send(self._last, encode(ask, np.asarray(prompt, np.int32).tobytes()))
+        is_cancelled = False
+        while True:
+            if not is_cancelled and cancelled():
+                is_cancelled = True
+                send(self._last, encode(Cancel(self._shape.epoch, self._step, 0)))
+            message = self._receive(self._step)
+            if message is None:
+                continue
+            if isinstance(message[0], Finished):
+                return message[0].finish
+            if isinstance(message[0], Told):
+                self.spent, self.choosing = message[0].spent, message[0].choosing
+                on_token(message[0].token)
+
     def forward(self, batch: Batch) -> Floats:
         """Once around the ring: float32 [wanted, n_vocab]. Raises HomeinferError when a device can't or is gone."""
         self._step += 1
-        send(self._first, first_step(self._shape.epoch, self._step, batch))
+        send(self._first, encode(*first_step(self._shape.epoch, self._step, batch)))
         message, rows = self._await(self._step)
         return logits_of(message, rows, int(np.count_nonzero(batch.wanted)), self.n_vocab)
 
@@ -92,20 +127,28 @@ class RingPipeline:
         self._await(self._step)
 
     def _await(self, step: int) -> tuple[Message, memoryview]:
-        """The answer to a step; what belongs to an earlier, interrupted one is dropped."""
+        """The answer to a step."""
         while True:
-            frames = self._links.receive()
-            if frames is None:
-                self._check()
+            arrived = self._receive(step)
+            if arrived is None:
                 continue
-            message, rows = decode(frames)
-            if message.epoch != self._shape.epoch or isinstance(message, Stop) or message.step != step:
-                continue
-            if isinstance(message, Failure):
-                raise HomeinferError(f"{message.device}: {message.message}")
-            if isinstance(message, Step):
-                self.spent = message.spent
-            return message, rows
+            if isinstance(arrived[0], Step):
+                self.spent = arrived[0].spent
+            return arrived
+
+    def _receive(self, step: int) -> tuple[Message, memoryview] | None:
+        """The next message about a step, or None when none came for a while; what belongs to an earlier, interrupted
+        one is dropped. Raises HomeinferError for a failure in it, and when a device is gone."""
+        frames = self._links.receive()
+        if frames is None:
+            self._check()
+            return None
+        message, rows = decode(frames)
+        if message.epoch != self._shape.epoch or isinstance(message, Stop) or message.step != step:
+            return None
+        if isinstance(message, Failure):
+            raise HomeinferError(f"{message.device}: {message.message}")
+        return message, rows
 
     def close(self) -> None:
         """End the ring and its devices. Safe to call twice."""

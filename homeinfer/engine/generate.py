@@ -1,35 +1,40 @@
-"""The token loop, over anything that is a Pipeline."""
+"""The token loop, over anything that is a Pipeline: prompt tokens in, the answer's tokens out.
+
+It runs in the engine process that holds the last window, so that logits stay where they are made.
+"""
 
 from __future__ import annotations
 
-import codecs
-import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from homeinfer.engine.pipeline import Batch, Floats, KvEdit, Pipeline, Remove, Shift
 from homeinfer.engine.sampling import Sampler, Sampling
-from homeinfer.engine.tokenizer import Tokenizer
-from homeinfer.errors import HomeinferError
+from homeinfer.engine.tokenizer import Vocabulary
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class Outcome(msgspec.Struct, frozen=True):
-    """One finished answer. ttft_ms: from the call to the first token; tpot_ms: mean of the tokens after it
-    (0.0 for fewer than two). reused: prompt tokens that were still in memory. shifted: tokens that left the
-    context while the answer was written."""
+class Request(msgspec.Struct, frozen=True):
+    """How to answer: at most `limit` tokens. A full context forgets the older half of what follows the first `keep`
+    tokens. fresh: nothing that is in memory may serve. ends: the tokens that end an answer."""
 
-    tokens: list[int]
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
+    sampling: Sampling
+    limit: Annotated[int, msgspec.Meta(ge=0)]
+    keep: Annotated[int, msgspec.Meta(ge=0)] = 0
+    fresh: bool = False
+    ends: tuple[int, ...] = ()
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """How an answer ended. reused: prompt tokens that were still in memory; shifted: tokens that left the context
+    while it was written."""
+
+    reason: FinishReason
     reused: int
     shifted: int
-    ttft_ms: float
-    tpot_ms: float
 
 
 class Reuse(msgspec.Struct, frozen=True):
@@ -95,91 +100,62 @@ def plan_shift(n_cached: int, n_keep: int, sequence: int = 0) -> tuple[tuple[KvE
     ), leave
 
 
-class Generator:
+class TokenLoop:
     """Answers prompts on one sequence of a pipeline, keeping in memory what the next prompt shares."""
 
-    def __init__(self, pipeline: Pipeline, tokenizer: Tokenizer, sequence: int = 0) -> None:
-        self.pipeline = pipeline
-        self.tokenizer = tokenizer
+    def __init__(self, pipeline: Pipeline, vocabulary: Vocabulary, sequence: int = 0) -> None:
+        self._pipeline = pipeline
+        self._vocabulary = vocabulary
         self._sequence = sequence
         self._cached: list[int] = []
         self._is_stale = False
 
     def forget(self) -> None:
-        """Let the next answer start from an empty memory. What is in it saw what came before it, so it must not
-        serve a conversation in which that was never said."""
+        """Let the next answer start from an empty memory: what is in it is not known, or not to be used."""
         self._is_stale = True
 
-    def answer(
+    def run(
         self,
         prompt: Sequence[int],
-        sampling: Sampling,
-        limit: int = -1,
-        *,
-        keep: int = 0,
-        on_text: Callable[[str], None] = lambda _text: None,
+        request: Request,
+        on_token: Callable[[int], None],
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Outcome:
-        """Write an answer of at most `limit` tokens (-1: until the model ends it, one context full at most).
+    ) -> Finish:
+        """Write an answer; on_token gets its tokens, and `cancelled` is asked between steps.
 
-        on_text gets each new piece of text, whole characters only; `cancelled` is asked between steps.
-        A full context forgets the older half of what follows the first `keep` tokens where the model
-        allows that, and ends the answer ("length") where it does not. Raises HomeinferError for a prompt
-        that is empty or longer than the context, and when an engine fails.
+        Raises HomeinferError for a grammar that can't be read or followed, and when an engine fails.
         """
-        self._check(prompt)
-        limit = self.pipeline.n_ctx if limit < 0 else limit
-        start = time.perf_counter()
-        sampler = Sampler(sampling, self.tokenizer)
+        if request.fresh and self._cached:
+            self.forget()
+        sampler = Sampler(request.sampling, self._vocabulary)
         try:
             sampler.remember(prompt)
             reuse = self._prepare(prompt)
             logits = self._prefill(prompt, reuse.kept, cancelled)
-            writer = _Writer(self.tokenizer, on_text)
-            reason, shifted, first = self._decode(logits, sampler, writer, limit, keep, cancelled)
+            reason, shifted = self._decode(logits, sampler, request, on_token, cancelled)
         except BaseException:
             self.forget()  # how far the engines came is not known
             raise
         finally:
             sampler.close()
-        end = time.perf_counter()
-        n = len(writer.tokens)
-        return Outcome(
-            tokens=writer.tokens,
-            text=writer.finish(),
-            finish_reason=reason,
-            prompt_tokens=len(prompt),
-            reused=reuse.kept,
-            shifted=shifted,
-            ttft_ms=((first or end) - start) * 1e3,
-            tpot_ms=(end - first) * 1e3 / (n - 1) if first and n > 1 else 0.0,
-        )
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise HomeinferError("the prompt is empty: there is nothing to answer")
-        if len(prompt) >= self.pipeline.n_ctx:
-            raise HomeinferError(
-                f"the prompt has {len(prompt)} tokens, the context {self.pipeline.n_ctx}: "
-                "shorten it or set a larger --ctx"
-            )
+        return Finish(reason, reuse.kept, shifted)
 
     def _prepare(self, prompt: Sequence[int]) -> Reuse:
         if self._is_stale:
-            self.pipeline.edit((Remove(self._sequence),))
+            self._pipeline.edit((Remove(self._sequence),))
             self._cached, self._is_stale = [], False
-        reuse = plan_reuse(self._cached, prompt, self.pipeline.can_shift, self._sequence)
+        reuse = plan_reuse(self._cached, prompt, self._pipeline.can_shift, self._sequence)
         if reuse.edits:
-            self.pipeline.edit(reuse.edits)
+            self._pipeline.edit(reuse.edits)
         self._cached = list(prompt[: reuse.kept])
         return reuse
 
     def _prefill(self, prompt: Sequence[int], done: int, cancelled: Callable[[], bool]) -> Floats | None:
         logits = None
-        for start in range(done, len(prompt), self.pipeline.n_batch):
+        for start in range(done, len(prompt), self._pipeline.n_batch):
             if cancelled():
                 return None
-            chunk = prompt[start : start + self.pipeline.n_batch]
+            chunk = prompt[start : start + self._pipeline.n_batch]
             is_end = start + len(chunk) == len(prompt)
             rows = self._forward(chunk, last_only=is_end)
             logits = rows[0] if is_end else None
@@ -188,62 +164,37 @@ class Generator:
     def _forward(self, tokens: Sequence[int], *, last_only: bool = True) -> Floats:
         batch = Batch.of(tokens, len(self._cached), self._sequence, last_only=last_only)
         self._cached.extend(tokens)
-        return self.pipeline.forward(batch)
+        return self._pipeline.forward(batch)
 
     def _decode(
         self,
         logits: Floats | None,
         sampler: Sampler,
-        writer: _Writer,
-        limit: int,
-        keep: int,
+        request: Request,
+        on_token: Callable[[int], None],
         cancelled: Callable[[], bool],
-    ) -> tuple[FinishReason, int, float | None]:
-        first, shifted = None, 0
+    ) -> tuple[FinishReason, int]:
+        written, shifted = 0, 0
         while True:
             if logits is None or cancelled():
-                return "cancelled", shifted, first
-            if len(writer.tokens) >= limit:
-                return "length", shifted, first
+                return "cancelled", shifted
+            if written >= request.limit:
+                return "length", shifted
             token = sampler.choose(logits)
-            first = first or time.perf_counter()
-            if self.tokenizer.ends(token):
-                return "stop", shifted, first
-            writer.add(token)
-            if len(writer.tokens) == limit:
-                return "length", shifted, first
-            if len(self._cached) >= self.pipeline.n_ctx:
-                if not self.pipeline.can_shift or keep >= self.pipeline.n_ctx - 1:
-                    return "length", shifted, first
-                shifted += self._shift(keep)
+            if token in request.ends:
+                return "stop", shifted
+            on_token(token)
+            written += 1
+            if written == request.limit:
+                return "length", shifted
+            if len(self._cached) >= self._pipeline.n_ctx:
+                if not self._pipeline.can_shift or request.keep >= self._pipeline.n_ctx - 1:
+                    return "length", shifted
+                shifted += self._shift(request.keep)
             logits = self._forward([token])[0]
 
     def _shift(self, keep: int) -> int:
         edits, leave = plan_shift(len(self._cached), keep, self._sequence)
-        self.pipeline.edit(edits)
+        self._pipeline.edit(edits)
         del self._cached[keep : keep + leave]
         return leave
-
-
-class _Writer:
-    """Tokens to text, holding back bytes of a character that is not whole yet."""
-
-    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
-        self._tokenizer = tokenizer
-        self._on_text = on_text
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._text: list[str] = []
-        self.tokens: list[int] = []
-
-    def add(self, token: int) -> None:
-        self.tokens.append(token)
-        self._emit(self._decoder.decode(self._tokenizer.piece(token)))
-
-    def finish(self) -> str:
-        self._emit(self._decoder.decode(b"", final=True))
-        return "".join(self._text)
-
-    def _emit(self, text: str) -> None:
-        if text:
-            self._text.append(text)
-            self._on_text(text)

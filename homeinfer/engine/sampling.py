@@ -11,7 +11,7 @@ import numpy as np
 
 from homeinfer.engine import runtime
 from homeinfer.engine.pipeline import Floats
-from homeinfer.engine.tokenizer import Tokenizer
+from homeinfer.engine.tokenizer import Vocabulary
 from homeinfer.errors import HomeinferError
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -46,21 +46,21 @@ def _has_penalties(s: Sampling) -> bool:
 class Sampler:
     """A chain of llama.cpp samplers over one vocabulary."""
 
-    def __init__(self, sampling: Sampling, tokenizer: Tokenizer) -> None:
+    def __init__(self, sampling: Sampling, vocabulary: Vocabulary) -> None:
         """Raises HomeinferError for a grammar that llama.cpp can't read."""
         self._lib = runtime.llama()
         self._repeat_last_n = sampling.repeat_last_n
         self._is_greedy = sampling.temperature == 0 and not _has_penalties(sampling)
-        self._grammar: Any = self._make_grammar(sampling.grammar, tokenizer)
-        self._chain: Any = self._make_chain(sampling, tokenizer.n_vocab)
-        self._buffer = np.zeros(tokenizer.n_vocab, _CANDIDATE)
-        self._ids = np.arange(tokenizer.n_vocab, dtype=np.int32)
+        self._grammar: Any = self._make_grammar(sampling.grammar, vocabulary)
+        self._chain: Any = self._make_chain(sampling, vocabulary.n_vocab)
+        self._buffer = np.zeros(vocabulary.n_vocab, _CANDIDATE)
+        self._ids = np.arange(vocabulary.n_vocab, dtype=np.int32)
 
-    def _make_grammar(self, text: str | None, tokenizer: Tokenizer) -> Any:
+    def _make_grammar(self, text: str | None, vocabulary: Vocabulary) -> Any:
         if text is None:
             return None
         with runtime.quiet_stderr():  # llama.cpp's parser writes there, not to its log
-            grammar = self._lib.llama_sampler_init_grammar(tokenizer.vocab, text.encode(), b"root")
+            grammar = self._lib.llama_sampler_init_grammar(vocabulary.vocab, text.encode(), b"root")
         if not grammar or not text.strip() or "\0" in text:
             raise HomeinferError("the grammar can't be read: it must be GBNF with a rule named root")
         return grammar

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 from homeinfer.engine import runtime
 from homeinfer.errors import HomeinferError
+
+
+class Vocabulary(Protocol):
+    """What choosing tokens needs: their number and, for grammars only, llama.cpp's llama_vocab pointer."""
+
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def vocab(self) -> Any: ...
 
 
 class Tokenizer:
@@ -14,18 +24,18 @@ class Tokenizer:
 
     def __init__(self, path: str) -> None:
         """Load the vocabulary of a GGUF file. Raises HomeinferError when llama.cpp can't."""
-        self._lib = runtime.llama()
-        params = self._lib.llama_model_default_params()
+        self._lib = lib = runtime.llama()
+        params = lib.llama_model_default_params()
         params.vocab_only = True
         runtime.forget_log()
-        self._model: Any = self._lib.llama_model_load_from_file(path.encode(), params)
+        self._model: Any = lib.llama_model_load_from_file(path.encode(), params)
         if not self._model:
             raise HomeinferError(f"{path}: the vocabulary can't be loaded: {runtime.reason('no reason given')}")
-        self.vocab = self._lib.llama_model_get_vocab(self._model)
-        if self._lib.llama_vocab_type(self.vocab) == self._lib.LLAMA_VOCAB_TYPE_NONE:
+        self.vocab = lib.llama_model_get_vocab(self._model)
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+        if lib.llama_vocab_type(self.vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
             self.close()
             raise HomeinferError(f"{path} has no vocabulary: it can't be given text")
-        self.n_vocab = int(self._lib.llama_vocab_n_tokens(self.vocab))
 
     def encode(self, text: str, *, special: bool = True, parse: bool = True) -> list[int]:
         """Token ids. `special` adds the tokens the model wants at the beginning (and end) of a text,
@@ -60,6 +70,11 @@ class Tokenizer:
     def ends(self, token: int) -> bool:
         """Whether this token ends an answer (llama_vocab_is_eog)."""
         return bool(self._lib.llama_vocab_is_eog(self.vocab, token))
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return tuple(filter(self.ends, range(self.n_vocab)))
 
     @property
     def bos(self) -> str:

@@ -23,7 +23,7 @@ from homeinfer.chat.session import (
 from homeinfer.chat.template import ChatMessage, ChatTemplate
 from homeinfer.cli.opening import default_model
 from homeinfer.cluster.local import RingOptions, start_local_ring
-from homeinfer.engine.generate import Generator
+from homeinfer.engine.answers import Generator
 from homeinfer.engine.pipeline import Remove
 from homeinfer.engine.sampling import Sampling
 from homeinfer.engine.tokenizer import Tokenizer

@@ -88,7 +88,7 @@ class Terminal:
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = (c for c in psutil.Process(self.process.pid).children() if "homeinfer.cluster.device" in c.cmdline())
+        (child,) = (c for c in psutil.Process(self.process.pid).children() if "homeinfer.cluster.engine" in c.cmdline())
         return child
 
     def left(self) -> int:

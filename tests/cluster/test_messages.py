@@ -16,12 +16,16 @@ from hypothesis import strategies as st
 
 from homeinfer.cluster.ring import RingPipeline, RingShape
 from homeinfer.cluster.wire.messages import (
+    Ask,
+    Cancel,
     Edits,
     Failure,
+    Finished,
     Message,
     Spent,
     Step,
     Stop,
+    Told,
     decode,
     encode,
     first_step,
@@ -29,7 +33,9 @@ from homeinfer.cluster.wire.messages import (
     logits_of,
 )
 from homeinfer.cluster.wire.transport import Links, Peer, send
+from homeinfer.engine.generate import Finish, Request
 from homeinfer.engine.pipeline import Batch, Copy, Floats, Keep, Remove, Shift
+from homeinfer.engine.sampling import Sampling
 from homeinfer.errors import HomeinferError
 
 counts = st.integers(0, 1 << 20)
@@ -42,6 +48,14 @@ edits = st.one_of(
     st.builds(Shift, numbers, numbers, numbers, numbers),
 )
 times = st.floats(0, 1e12)
+spents = st.lists(st.builds(Spent, times, times), max_size=3).map(tuple)
+requests = st.builds(
+    Request,
+    sampling=st.builds(Sampling, seed=counts, grammar=st.none() | st.text(max_size=20)),
+    limit=counts,
+    keep=counts,
+    fresh=st.booleans(),
+)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(
         Step,
@@ -51,11 +65,15 @@ messages: st.SearchStrategy[Message] = st.one_of(
         n=counts,
         width=counts,
         index=st.binary(max_size=99),
-        spent=st.lists(st.builds(Spent, times, times), max_size=3).map(tuple),
+        spent=spents,
     ),
     st.builds(Edits, epochs, counts, counts, st.lists(edits, max_size=4).map(tuple)),
     st.builds(Failure, epochs, counts, counts, st.text(), st.text()),
     st.builds(Stop, epochs, counts, counts),
+    st.builds(Ask, epochs, counts, counts, counts, requests, st.booleans()),
+    st.builds(Cancel, epochs, counts, counts),
+    st.builds(Told, epochs, counts, counts, counts, spents, times),
+    st.builds(Finished, epochs, counts, counts, st.builds(Finish, st.just("stop"), counts, counts)),
 )
 
 
@@ -88,7 +106,7 @@ def test_rows_come_back_as_they_were_and_aligned(n: int) -> None:
 def readable_or_refused(frames: list[bytes]) -> None:
     with suppress(HomeinferError):
         message, _ = decode(frames)
-        assert isinstance(message, Step | Edits | Failure | Stop)
+        assert isinstance(message, Message)
 
 
 @given(messages, st.binary(max_size=40), st.data())
@@ -127,6 +145,9 @@ def test_random_frames_are_read_or_refused(frames: list[bytes]) -> None:
         ["step", 1, 2, 3, 1, 0, "text"],
         ["edits", 1, 2, 3, [{"type": "explode"}]],
         ["launch", 1, 2, 3],
+        ["ask", 1, 2, 0, 3, {"sampling": {}, "limit": -1}, True],
+        ["ask", 1, 2, 0, 3, {"sampling": {"temperature": -1}, "limit": 1}, True],
+        ["told", 1, 2, 0, -1, [], 0.0],
         {"type": "stop"},
     ],
     ids=str,
@@ -138,7 +159,7 @@ def test_a_header_that_is_none_is_refused(header: object) -> None:
 
 def test_the_first_step_carries_the_batch() -> None:
     batch = Batch.of([7, 8, 9], 40, 2)
-    message, rows = decode(first_step(1, 5, batch))
+    message, rows = decode(encode(*first_step(1, 5, batch)))
     assert isinstance(message, Step)
     assert (message.epoch, message.step, message.hop, message.n, message.width) == (1, 5, 0, 3, 0)
     assert np.frombuffer(rows, np.int32).tolist() == [7, 8, 9]
@@ -159,7 +180,16 @@ class DeviceEnd:
         self.links = Links(f"ipc://{folder}/device", patience_ms=10_000)
         head = Links(f"ipc://{folder}/head", patience_ms=100)
         self._to_head = self.links.sender(Peer(head.address))
-        shape = RingShape(9, Peer(self.links.address), n_vocab=4, n_ctx=8, n_batch=8, can_shift=True, devices=())
+        shape = RingShape(
+            9,
+            Peer(self.links.address),
+            Peer(self.links.address),
+            n_vocab=4,
+            n_ctx=8,
+            n_batch=8,
+            can_shift=True,
+            devices=(),
+        )
         self.ring = RingPipeline(shape, head, lambda: None, lambda: None)
 
     def say(self, epoch: int, step: int, value: float) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from homeinfer.cluster import engine_process
 from homeinfer.cluster.local import RingOptions, start_local_ring
-from homeinfer.engine.generate import Generator
+from homeinfer.engine.answers import Generator
 from homeinfer.engine.pipeline import Batch
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError

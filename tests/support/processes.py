@@ -15,7 +15,7 @@ ENDLESS = ("-p", "1, 2, 3, 4, 5, 6,", "--raw", "--temp", "0", "-n", "4000")
 def engines(pid: int | None = None) -> list[psutil.Process]:
     """The engine processes that this process, or the one with this pid, has started, in that order."""
     children = psutil.Process(os.getpid() if pid is None else pid).children()
-    found = [c for c in children if c.status() != psutil.STATUS_ZOMBIE and "homeinfer.cluster.device" in c.cmdline()]
+    found = [c for c in children if c.status() != psutil.STATUS_ZOMBIE and "homeinfer.cluster.engine" in c.cmdline()]
     return sorted(found, key=lambda child: (child.create_time(), child.pid))
 
 

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from homeinfer.cluster.local import RingOptions, start_local_ring
-from homeinfer.engine.generate import Generator, Outcome
+from homeinfer.engine.answers import Generator, Outcome
 from homeinfer.engine.pipeline import Remove
 from homeinfer.engine.sampling import Sampling
 from homeinfer.engine.tokenizer import Tokenizer

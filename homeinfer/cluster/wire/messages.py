@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from homeinfer.engine.generate import Finish, Request
 from homeinfer.engine.pipeline import Batch, Floats, KvEdit
 from homeinfer.errors import HomeinferError
 
@@ -30,7 +31,7 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """n tokens on their way: hop is the window they are for.
 
     index: positions and sequences (int32 [n] each), then wanted (uint8 [n]). Its rows: tokens (int32 [n],
-    width 0), hidden states (float32 [n, width]) or, back at the head, logits (float32 [wanted, width]).
+    width 0), hidden states (float32 [n, width]) or, behind the last window, logits (float32 [wanted, width]).
     spent: one entry for each window it has passed.
     """
 
@@ -41,6 +42,48 @@ class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     width: _Count
     index: bytes
     spent: tuple[Spent, ...] = ()
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
+    """A prompt for the device that holds the last window; its rows: tokens (int32 [n]).
+
+    can_shift: whether every window's memory can be edited in part.
+    """
+
+    epoch: int
+    step: int
+    hop: _Count
+    n: _Count
+    request: Request
+    can_shift: bool
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
+    """The answer to `step` need not go on."""
+
+    epoch: int
+    step: int
+    hop: _Count
+
+
+class Told(msgspec.Struct, frozen=True, array_like=True, tag="told"):
+    """One token of the answer to `step`. spent: what it cost each window; choosing: microseconds of the sampler."""
+
+    epoch: int
+    step: int
+    hop: _Count
+    token: _Count
+    spent: tuple[Spent, ...]
+    choosing: float
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
+    """The answer to `step` is whole."""
+
+    epoch: int
+    step: int
+    hop: _Count
+    finish: Finish
 
 
 class Edits(msgspec.Struct, frozen=True, array_like=True, tag="edits"):
@@ -70,7 +113,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     hop: _Count
 
 
-Message = Step | Edits | Failure | Stop
+Message = Step | Edits | Ask | Cancel | Told | Finished | Failure | Stop
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 
@@ -112,15 +155,14 @@ def decode(frames: Sequence[Any]) -> tuple[Message, memoryview]:
     return message, memoryview(frames[1]) if len(frames) > 1 else first[end + -end % 16 :]
 
 
-def first_step(epoch: int, step: int, batch: Batch) -> list[Any]:
-    """What the head sends to the first window."""
+def first_step(epoch: int, step: int, batch: Batch) -> tuple[Step, bytes]:
+    """What goes into the first window, and its rows."""
     index = batch.positions.tobytes() + batch.sequences.tobytes() + batch.wanted.tobytes()
-    tokens = np.ascontiguousarray(batch.tokens, np.int32)
-    return encode(Step(epoch, step, 0, len(tokens), 0, index), tokens)
+    return Step(epoch, step, 0, len(batch.tokens), 0, index), batch.tokens.astype(np.int32).tobytes()
 
 
-def logits_of(step: Message, rows: memoryview, wanted: int, n_vocab: int) -> Floats:
+def logits_of(step: Message, rows: Any, wanted: int, n_vocab: int) -> Floats:
     """The logits that came back: float32 [wanted, n_vocab]. Raises HomeinferError for anything else."""
-    if not isinstance(step, Step) or step.width != n_vocab or rows.nbytes != 4 * wanted * n_vocab:
+    if not isinstance(step, Step) or step.width != n_vocab or memoryview(rows).nbytes != 4 * wanted * n_vocab:
         raise HomeinferError("the last device sent back something other than the logits it was asked for")
     return np.frombuffer(rows, np.float32).reshape(wanted, n_vocab)

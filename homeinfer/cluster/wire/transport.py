@@ -111,8 +111,15 @@ class Links:
 
     def receive(self) -> list[Any] | None:
         """The next message's frames, or None when none came within `patience_ms`."""
+        return self._receive(0)
+
+    def receive_now(self) -> list[Any] | None:
+        """The next message's frames if it is here already, or None."""
+        return self._receive(zmq.NOBLOCK)
+
+    def _receive(self, flags: int) -> list[Any] | None:
         try:
-            first = self._receiver.recv()
+            first = self._receiver.recv(flags)
         except zmq.Again:
             return None
         if not is_split(first):
