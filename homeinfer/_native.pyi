@@ -6,6 +6,9 @@ def capture_new(
     ggml_get_name: int, ggml_nbytes: int, ggml_backend_tensor_get: int, node_name: str, /
 ) -> CapsuleType: ...
 def capture_pointers(capsule: CapsuleType, /) -> tuple[int, int]: ...
+def capture_stream(capsule: CapsuleType, stream: CapsuleType, /) -> None:
+    """From now on the graph waits for the streamed weights that its nodes touch."""
+
 def runner_new(
     *,
     decode: int,
@@ -90,5 +93,29 @@ def round_super_block(
 
 def half_bits(values: object, bits: object, /) -> None:
     """Rounds float32 values to halves: their bits go to `bits` (uint16), what they stand for stays in `values`."""
+
+def stream_new(limit: int, threads: int, piece: int, /) -> CapsuleType:
+    """Streams at most `limit` bytes of weights at a time with so many reader threads, `piece` bytes (whole pages) per
+    request. Raises NotImplementedError elsewhere than on Linux."""
+
+def stream_add(
+    stream: CapsuleType, fd: int, window: int, kept: bool, spans: tuple[tuple[int, int, int, int], ...], /
+) -> int:
+    """A group, read and let go as one (`kept`: never), as (offset in the file, address, bytes) in whole pages
+    and the bytes of the tensor before them, in a page that it shares with another and that stays:
+    anonymous memory takes the place of what is at the addresses, at once. The order of a window's calls is the order
+    of use until a graph has shown it, that of windows for good. To be called before stream_start. Raises OSError."""
+
+def stream_start(stream: CapsuleType, /) -> None: ...
+def stream_done(stream: CapsuleType, /) -> None:
+    """To be called after every graph: its last layer may go."""
+
+def stream_resize(stream: CapsuleType, limit: int, /) -> None: ...
+def stream_state(stream: CapsuleType, /) -> tuple[int, int, float, int, int, int, int, int]:
+    """Bytes read, waits, milliseconds waited, bytes held, most bytes held, problem (0, an errno, -1: a file ended
+    early), number of the group that has it (or -1), whether it is closed."""
+
+def stream_close(stream: CapsuleType, /) -> None:
+    """Ends the threads, after the requests under way; nothing is written to any address after it."""
 
 def spin(n: int, /) -> None: ...

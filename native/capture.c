@@ -9,10 +9,15 @@
  * computed, and false stops the graph there. Successive ubatches of one decode append. */
 static bool on_node(struct ggml_tensor *tensor, bool ask, void *data) {
     capture *self = data;
-    if (strcmp(self->get_name(tensor), self->name) != 0) {
-        return !ask;
-    }
+    const bool wanted = strcmp(self->get_name(tensor), self->name) == 0;
     if (ask) {
+        const bool cut = self->stream != NULL && stream_before(self->stream, (const struct tensor *)tensor);
+        return wanted || cut;
+    }
+    if (self->stream != NULL && !stream_after(self->stream)) {
+        return false;
+    }
+    if (!wanted) {
         return true;
     }
     const size_t n = self->nbytes(tensor);
@@ -25,7 +30,9 @@ static bool on_node(struct ggml_tensor *tensor, bool ask, void *data) {
 }
 
 static void capture_free(PyObject *capsule) {
-    PyMem_Free(PyCapsule_GetPointer(capsule, CAPTURE_CAPSULE));
+    capture *self = PyCapsule_GetPointer(capsule, CAPTURE_CAPSULE);
+    Py_XDECREF(self->stream_capsule);
+    PyMem_Free(self);
 }
 
 PyObject *capture_new(PyObject *module, PyObject *args) {
@@ -61,4 +68,22 @@ PyObject *capture_pointers(PyObject *module, PyObject *capsule) {
         return NULL;
     }
     return Py_BuildValue("KK", (unsigned long long)(uintptr_t)on_node, (unsigned long long)(uintptr_t)self);
+}
+
+PyObject *capture_stream(PyObject *module, PyObject *args) {
+    PyObject *capsule, *stream_capsule;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "OO", &capsule, &stream_capsule)) {
+        return NULL;
+    }
+    capture *self = PyCapsule_GetPointer(capsule, CAPTURE_CAPSULE);
+    stream *streamed = self == NULL ? NULL : PyCapsule_GetPointer(stream_capsule, STREAM_CAPSULE);
+    if (streamed == NULL) {
+        return NULL;
+    }
+    Py_INCREF(stream_capsule);
+    Py_XDECREF(self->stream_capsule);
+    self->stream_capsule = stream_capsule;
+    self->stream = streamed;
+    Py_RETURN_NONE;
 }

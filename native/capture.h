@@ -2,11 +2,8 @@
 #ifndef HOMEINFER_CAPTURE_H
 #define HOMEINFER_CAPTURE_H
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "stream.h"
+
 #include <string.h>
 
 #define NAME_MAX_BYTES 64 /* GGML_MAX_NAME */
@@ -27,6 +24,8 @@ typedef struct {
     size_t capacity;
     size_t written;
     size_t seen; /* bytes the nodes had, also those that did not fit */
+    stream *stream; /* whose weights the graph touches, or NULL */
+    PyObject *stream_capsule;
 } capture;
 
 /* Aim at `capacity` bytes, counts from 0. */
@@ -39,6 +38,7 @@ static inline void capture_aim(capture *self, char *target, size_t capacity) {
 
 PyObject *capture_new(PyObject *module, PyObject *args);
 PyObject *capture_pointers(PyObject *module, PyObject *capsule);
+PyObject *capture_stream(PyObject *module, PyObject *args);
 PyObject *runner_new(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *runner_forward(PyObject *module, PyObject *args);
 PyObject *batch_layout(PyObject *module, PyObject *none);

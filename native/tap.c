@@ -4,28 +4,13 @@
  * it either sums the squares of the inputs per channel, as llama.cpp's tools/imatrix does (collect_imatrix), or
  * copies the inputs' rows. Every buffer is the caller's. Products that share their input read it once. */
 #include "tap.h"
+#include "tensor.h"
 
 #include <stdlib.h>
 
 #define TAP_CAPSULE "homeinfer._native.tap"
 #define TYPE_F32 0 /* GGML_TYPE_F32 */
 #define TYPE_I32 26
-
-/* struct ggml_tensor up to its name, as ggml.h has it; engine code compares tensor_fields() with a real one. */
-typedef struct tensor {
-    int type;
-    void *buffer;
-    int64_t ne[4];
-    size_t nb[4];
-    int op;
-    int32_t op_params[16];
-    int32_t flags;
-    struct tensor *src[10];
-    struct tensor *view_src;
-    size_t view_offs;
-    void *data;
-    char name[NAME_MAX_BYTES];
-} tensor;
 
 enum mode { MODE_SUM2 = 0, MODE_ROWS = 1 };
 enum kind { KIND_UNSEEN = 0, KIND_DENSE = 1, KIND_EXPERTS = 2 };

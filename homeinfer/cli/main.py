@@ -14,7 +14,7 @@ from typer.models import CommandInfo
 from homeinfer import __version__
 from homeinfer.errors import HomeinferError
 
-_COMMANDS = ("chat", "run", "quantize", "imatrix", "evaluate", "model")
+_COMMANDS = ("chat", "run", "quantize", "imatrix", "evaluate", "profile", "plan", "model")
 
 
 class _Commands(TyperGroup):

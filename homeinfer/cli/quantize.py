@@ -25,9 +25,11 @@ from homeinfer.cli.quantize_options import (
     TensorOption,
     TextOption,
     ThreadsOption,
+    TpotOption,
     budget_for,
     default_destination,
     megabytes,
+    planned_note,
     require_one_way,
     wrong_usage,
 )
@@ -61,6 +63,7 @@ def quantize(
     bpw: BpwOption = None,
     size: SizeOption = None,
     fit: FitOption = None,
+    tpot: TpotOption = None,
     imatrix: ImatrixOption = None,
     text: TextOption = None,
     tensor: TensorOption = None,
@@ -86,12 +89,14 @@ def quantize(
 
     Example, a cluster: homeinfer quantize model-F16.gguf small.gguf --fit desk.json --fit laptop.json
 
+    Example, a cluster that is to answer with five tokens per second: the same with --tpot 200
+
     A recipe file is TOML: name, and base (a recipe) or default (a type), then \\[\\[rule]] tables with a type and any
     of role = "ffn_down", layers = "0-3, -1", depth = \\[0.0, 0.25], tensor = "REGEX"; the first that matches decides.
 
     The result runs in any llama.cpp. SRC stays as it is; DST appears when it is complete.
     """
-    label = require_one_way(recipe, bpw, size, fit)
+    label = require_one_way(recipe, bpw, size, fit, tpot)
     if recipe is not None and report is not None:
         wrong_usage("--report shows what was measured: it goes with --bpw, --size and --fit, not with --recipe")
     if imatrix is not None and text:
@@ -106,10 +111,8 @@ def quantize(
             result = _to_recipe(source, target, recipe, rules, imatrix, text or (), requantize, force, threads)
         else:
             header = read_header(source, allow_truncated=dry_run)
-            budget = budget_for(header, bpw, size, fit)
-            asked = (
-                f"--fit {' '.join(map(str, fit))}" if fit else f"--bpw {bpw:g}" if bpw is not None else f"--size {size}"
-            )
+            budget = budget_for(header, bpw, size, fit, tpot)
+            asked = _asked(bpw, size, fit, tpot)
             check_budget(header, budget)
             if dry_run:
                 from homeinfer.quant.budget_dry_run import budget_dry_run
@@ -119,11 +122,21 @@ def quantize(
             result = _to_budget(
                 header, target, budget, asked, rules, imatrix, text or (), report, requantize, force, threads
             )
+            note = planned_note(header, target, fit, tpot) if fit else None
+            if note is not None:
+                result = msgspec.structs.replace(result, notes=(*result.notes, note))
     except KeyboardInterrupt:
         typer.echo("homeinfer: interrupted: nothing was written", err=True)
         raise typer.Exit(_INTERRUPTED) from None
     _show_notes(result.notes)
     typer.echo(msgspec.json.encode(result) if json else _summary(result))
+
+
+def _asked(bpw: float | None, size: str | None, fit: Sequence[Path] | None, tpot: float | None) -> str:
+    """The way that was taken, as it was written."""
+    if fit:
+        return f"--fit {' '.join(map(str, fit))}{'' if tpot is None else f' --tpot {tpot:g}'}"
+    return f"--bpw {bpw:g}" if bpw is not None else f"--size {size}"
 
 
 def _to_recipe(

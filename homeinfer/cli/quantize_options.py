@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from homeinfer.errors import HomeinferError
-from homeinfer.model.header import Header
+from homeinfer.model.header import Header, read_header
 from homeinfer.quant.budget import Budget, budget_of_bpw, budget_of_devices, budget_of_size, parse_size, read_profiles
 from homeinfer.quant.recipes import RECIPES
 
@@ -52,8 +52,16 @@ FitOption = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PROFILE.json",
-        help="What the memory of these devices holds with 4,096 tokens of context; several files add up. "
-        '{"devices": [{"name": "desk", "memory_bytes": 16000000000}]}',
+        help="What the memory of these devices holds with 4,096 tokens of context; several files add up. From "
+        'homeinfer profile, or {"devices": [{"name": "desk", "memory_bytes": 16000000000}]}',
+        rich_help_panel=_SMALL,
+    ),
+]
+TpotOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS",
+        help="With --fit: instead, as large as these devices can run in MS milliseconds per token.",
         rich_help_panel=_SMALL,
     ),
 ]
@@ -100,19 +108,25 @@ def wrong_usage(line: str) -> NoReturn:
     raise typer.Exit(_WRONG_USAGE)
 
 
-def require_one_way(recipe: str | None, bpw: float | None, size: str | None, fit: list[Path] | None) -> str:
+def require_one_way(
+    recipe: str | None, bpw: float | None, size: str | None, fit: list[Path] | None, tpot: float | None = None
+) -> str:
     """Which one of the four ways to say how small was taken, as the end of a file name; exits when it isn't one."""
     ways = {
         "--recipe": Path(recipe.strip()).stem if recipe else None,
         "--bpw": f"{bpw:g}bpw" if bpw is not None else None,
         "--size": re.sub(r"\s", "", size) if size is not None else None,
-        "--fit": "fit" if fit else None,
+        "--fit": ("fit" if tpot is None else f"{tpot:g}ms") if fit else None,
     }
     given = {way: label for way, label in ways.items() if label is not None}
     if size is not None:
         _wanted_size(size)
     if bpw is not None and not 0 < bpw < math.inf:
         wrong_usage(f"--bpw: {bpw} bits per weight are none; write a number such as 3.5")
+    if tpot is not None and not fit:
+        wrong_usage("--tpot goes with --fit PROFILE.json, which says on which devices")
+    if tpot is not None and not 0 < tpot < math.inf:
+        wrong_usage(f"--tpot: {tpot} milliseconds per token can't be; write a number such as 200")
     if not given:
         wrong_usage("say how small: --recipe NAME, --bpw X, --size 40GB or --fit PROFILE.json; --help has examples")
     if len(given) > 1:
@@ -120,11 +134,45 @@ def require_one_way(recipe: str | None, bpw: float | None, size: str | None, fit
     return next(iter(given.values()))
 
 
-def budget_for(header: Header, bpw: float | None, size: str | None, fit: list[Path] | None) -> Budget:
+def budget_for(
+    header: Header, bpw: float | None, size: str | None, fit: list[Path] | None, tpot: float | None = None
+) -> Budget:
     """The limit that --bpw, --size or --fit sets; HomeinferError for bad profiles."""
     if fit:
-        return budget_of_devices(header, read_profiles(fit))
+        return _budget_to_fit(header, fit, tpot)
     return budget_of_bpw(header, bpw) if bpw is not None else budget_of_size(_wanted_size(size or ""))
+
+
+def _budget_to_fit(header: Header, fit: list[Path], tpot: float | None) -> Budget:
+    """By planning where all profiles were measured, else by memory alone."""
+    from homeinfer.cluster.profiles_file import are_measured, read_device_profiles
+
+    if not are_measured(fit):
+        if tpot is not None:
+            raise HomeinferError(
+                "--tpot needs profiles with measurements, and at least one has only names and memory: make them with "
+                "homeinfer profile SRC -o FILE"
+            )
+        return budget_of_devices(header, read_profiles(fit))
+    from homeinfer.quant.budget_plan import budget_in_memory, budget_of_tpot
+
+    devices = read_device_profiles(fit)
+    return budget_in_memory(header, devices) if tpot is None else budget_of_tpot(header, devices, tpot)
+
+
+def planned_note(header: Header, written: Path, fit: list[Path], tpot: float | None) -> str | None:
+    """What the plan for a written file is predicted to do, where the profiles can tell."""
+    from homeinfer.cluster.profiles_file import are_measured, read_device_profiles
+
+    if not are_measured(fit):
+        return None
+    from homeinfer.quant.budget_plan import predicted_tpot
+
+    found = predicted_tpot(header, read_header(written), read_device_profiles(fit))
+    if found is None:
+        return None
+    missed = f", which is more than the {tpot:g} asked for" if tpot is not None and found > tpot else ""
+    return f"on these devices a plan takes {found:,.1f} ms per token{missed}; homeinfer plan shows it"
 
 
 def _wanted_size(size: str) -> int:

@@ -33,6 +33,7 @@ from homeinfer.cluster.engine_messages import (
     Setup,
 )
 from homeinfer.cluster.wire.transport import Links
+from homeinfer.engine.streaming import Streamer
 from homeinfer.engine.window import LayerWindow
 from homeinfer.errors import HomeinferError
 
@@ -79,6 +80,7 @@ def remove_sockets(listen: str) -> None:
 
 def load_windows(setup: Setup, supervisor: _Supervisor) -> list[LayerWindow]:
     """Load all windows, telling the supervisor how far it is. Raises HomeinferError."""
+    streamer = Streamer(setup.stream_bytes) if setup.stream_bytes else None
     windows: list[LayerWindow] = []
     last_said = 0.0
 
@@ -90,7 +92,9 @@ def load_windows(setup: Setup, supervisor: _Supervisor) -> list[LayerWindow]:
         return True
 
     for spec in setup.windows:
-        windows.append(LayerWindow(spec, progress))
+        windows.append(LayerWindow(spec, progress, streamer))
+    if streamer is not None:
+        streamer.start()
     return windows
 
 

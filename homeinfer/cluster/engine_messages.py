@@ -10,7 +10,8 @@ from homeinfer.engine.window import WindowSpec
 
 class Setup(msgspec.Struct, frozen=True, tag="setup"):
     """First line to the engine: who it is, where it listens, what it loads. vocabulary: a file with the model's
-    tokens, for grammars, where the last window is."""
+    tokens, for grammars, where the last window is. stream_bytes: memory for the weights of windows that are not
+    resident; 0 leaves them to the page cache."""
 
     name: str
     epoch: int
@@ -18,6 +19,7 @@ class Setup(msgspec.Struct, frozen=True, tag="setup"):
     windows: tuple[WindowSpec, ...]
     keys: Keys | None = None
     vocabulary: str = ""
+    stream_bytes: int = 0
 
 
 class Hop(msgspec.Struct, frozen=True):

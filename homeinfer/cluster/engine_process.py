@@ -32,8 +32,8 @@ SILENCE_SECONDS = 30.0
 class EngineProcess:
     """One engine process and the last things it said. Its methods never block for long."""
 
-    def __init__(self, setup: Setup) -> None:
-        """Start it in an environment of its own (runtime.engine_environment)."""
+    def __init__(self, setup: Setup, launch: tuple[str, ...] = (), *, huge_pages: bool = True) -> None:
+        """Start it in an environment of its own (runtime.engine_environment), `launch` before its command."""
         self.setup = setup
         self.address: str | None = None
         self.ready: Ready | None = None
@@ -42,11 +42,11 @@ class EngineProcess:
         self._heard = time.monotonic()
         self._errors: deque[str] = deque(maxlen=40)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "homeinfer.cluster.engine"],
+            [*launch, sys.executable, "-m", "homeinfer.cluster.engine"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=runtime.engine_environment(os.environ),
+            env=runtime.engine_environment(os.environ, huge_pages=huge_pages),
             start_new_session=True,  # a Ctrl-C in the terminal is the head's to deal with
         )
         self._readers = [

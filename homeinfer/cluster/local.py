@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from homeinfer.cluster.engine_messages import Hop, Routes, Setup
-from homeinfer.cluster.engine_process import EngineProcess
-from homeinfer.cluster.ring import CHECK_MS, RingPipeline, RingShape
-from homeinfer.cluster.wire.transport import Keys, Links, Peer, has_ipc, new_keys
+from homeinfer.cluster.ring import RingPipeline
+from homeinfer.cluster.ring_start import DeviceStart, RingStart, start_ring
 from homeinfer.engine.embedding import embedding_source
-from homeinfer.engine.pipeline import DeviceInfo
 from homeinfer.engine.window import WindowSpec
-from homeinfer.errors import HomeinferError
 from homeinfer.model.architectures import input_scale
 from homeinfer.model.header import Header
 from homeinfer.model.window_file import Progress, cut_windows, default_folder
 from homeinfer.model.window_plan import n_layers, split_layers
-
-_HEAD = "head"
 
 
 class RingOptions(msgspec.Struct, frozen=True):
@@ -61,29 +51,31 @@ def window_specs(
     header: Header, windows: Sequence[tuple[int, int]], options: RingOptions, progress: Progress | None = None
 ) -> list[WindowSpec]:
     """The windows' files, written where they are missing, and how to load each. Raises HomeinferError."""
-    n = n_layers(header)
     whole = len(windows) == 1
-    folder = default_folder()
-    paths = [Path(header.files[0].path)] if whole else cut_windows(header, tuple(windows), folder, progress)
-    return [
-        WindowSpec(
-            path=str(path),
-            first=first,
-            last=last,
-            n_layer=n,
-            n_ctx=context_length(header, options.n_ctx),
-            embedding_length=int(header.arch_get("embedding_length", 0)),
-            embedding=embedding_source(header) if first == 0 and not whole else None,
-            input_scale=1.0 if whole else input_scale(header, first),
-            resident=options.resident,
-            gpu_layers=options.gpu_layers,
-            n_batch=options.n_batch,
-            n_seq=options.n_seq,
-            n_threads=threads(options.n_threads),
-            flash_attention=options.flash_attention,
-        )
-        for (first, last), path in zip(windows, paths, strict=True)
-    ]
+    paths = [Path(header.files[0].path)] if whole else cut_windows(header, tuple(windows), default_folder(), progress)
+    return [window_spec(header, path, first, last, options) for (first, last), path in zip(windows, paths, strict=True)]
+
+
+def window_spec(header: Header, path: Path, first: int, last: int, options: RingOptions) -> WindowSpec:
+    """How to load layers [first, last) from their file, which is the model itself where they are all of it."""
+    n = n_layers(header)
+    is_whole = (first, last) == (0, n)
+    return WindowSpec(
+        path=str(path),
+        first=first,
+        last=last,
+        n_layer=n,
+        n_ctx=context_length(header, options.n_ctx),
+        embedding_length=int(header.arch_get("embedding_length", 0)),
+        embedding=embedding_source(header) if first == 0 and not is_whole else None,
+        input_scale=1.0 if is_whole else input_scale(header, first),
+        resident=options.resident,
+        gpu_layers=options.gpu_layers,
+        n_batch=options.n_batch,
+        n_seq=options.n_seq,
+        n_threads=threads(options.n_threads),
+        flash_attention=options.flash_attention,
+    )
 
 
 def start_local_ring(
@@ -99,106 +91,14 @@ def start_local_ring(
     Raises HomeinferError when the model can't be cut so, or an engine does not come up; nothing stays behind.
     """
     specs = window_specs(header, split_layers(header, options.devices), options, on_cut)
-    starter = _Starter(header, specs, most_logits(header, options), network=options.network)
-    try:
-        starter.start()
-        return starter.join(on_load)
-    except BaseException:
-        starter.close()
-        raise
+    listen = "tcp://127.0.0.1:*" if options.network else ""
+    devices = tuple(DeviceStart(f"device-{i}", (spec,), listen) for i, spec in enumerate(specs, 1))
+    ring = RingStart(devices, header.files[0].path, most_logits(header, options.n_batch), listen)
+    return start_ring(ring, on_load)
 
 
-def _socket_folder() -> Path | None:
-    """A folder that only this user can enter, or None where sockets can't be files in it."""
-    fits = len(tempfile.gettempdir()) < 60  # the system's limit for the whole path is 104 to 108 bytes
-    return Path(tempfile.mkdtemp(prefix="homeinfer-")) if has_ipc() and fits else None
-
-
-def most_logits(header: Header, options: RingOptions) -> int:
+def most_logits(header: Header, n_batch: int) -> int:
     """Bytes of the largest message that may come back to the head: a row of logits for each token of a batch."""
     embedding = header.tensor("token_embd.weight")
     n_vocab = embedding.shape[-1] if embedding is not None else 1 << 20
-    return options.n_batch * n_vocab * 4 + (1 << 16)
-
-
-class _Starter:
-    """The processes, sockets and folder of a ring while it comes up, and their end."""
-
-    def __init__(self, header: Header, specs: list[WindowSpec], most_bytes: int, *, network: bool) -> None:
-        self._specs = specs
-        self._vocabulary = header.files[0].path
-        self._epoch = time.time_ns() & 0x7FFFFFFFFFFF
-        self._names = [f"device-{i + 1}" for i in range(len(specs))]
-        self._folder = None if network else _socket_folder()
-        self._keys = dict.fromkeys((*self._names, _HEAD), ("", "")) if self._folder else self._make_keys()
-        self._engines: list[EngineProcess] = []
-        try:
-            self._links = Links(self._listen(_HEAD), self._keys_of(_HEAD), max_bytes=most_bytes, patience_ms=CHECK_MS)
-        except HomeinferError:
-            self.end_devices()
-            raise
-
-    def _make_keys(self) -> dict[str, tuple[str, str]]:
-        return {name: new_keys() for name in (*self._names, _HEAD)}
-
-    def _listen(self, name: str) -> str:
-        return f"ipc://{self._folder / name}" if self._folder else "tcp://127.0.0.1:*"
-
-    def _keys_of(self, name: str) -> Keys | None:
-        public, secret = self._keys[name]
-        allowed = tuple(p for p, _ in self._keys.values())
-        return Keys(public, secret, allowed) if public else None
-
-    def _peer(self, name: str, address: str) -> Peer:
-        return Peer(address, self._keys[name][0] or None)
-
-    def start(self) -> None:
-        for name, spec in zip(self._names, self._specs, strict=True):
-            setup = Setup(name, self._epoch, self._listen(name), (spec,), self._keys_of(name), self._vocabulary)
-            self._engines.append(EngineProcess(setup))
-
-    def join(self, on_load: Callable[[list[float]], None]) -> RingPipeline:
-        self._wait(lambda engine: engine.address is not None, lambda _shares: None)
-        peers = [self._peer(e.setup.name, e.address or "") for e in self._engines]
-        peers.append(self._peer(_HEAD, self._links.address))
-        n = len(self._engines)
-        for hop, engine in enumerate(self._engines):
-            following = peers[hop + 1] if hop + 1 < n else None
-            first = peers[0] if n > 1 else None
-            engine.route(Routes((Hop(hop, 0, following),), n, peers[n], first))
-        self._wait(lambda engine: engine.ready is not None, on_load)
-        ready = [engine.ready for engine in self._engines if engine.ready is not None]
-        shape = RingShape(
-            epoch=self._epoch,
-            first=peers[0],
-            last=peers[n - 1],
-            n_vocab=ready[-1].n_vocab,
-            n_ctx=self._specs[0].n_ctx,
-            n_batch=self._specs[0].n_batch,
-            can_shift=all(r.can_shift for r in ready),
-            devices=tuple(
-                DeviceInfo(name, [(s.first, s.last)]) for name, s in zip(self._names, self._specs, strict=True)
-            ),
-        )
-        return RingPipeline(shape, self._links, self._check, self.end_devices)
-
-    def _wait(self, done: Callable[[EngineProcess], bool], on_load: Callable[[list[float]], None]) -> None:
-        while not all(done(engine) for engine in self._engines):
-            self._check()
-            on_load([1.0 if engine.ready else engine.share for engine in self._engines])
-            time.sleep(0.02)
-
-    def _check(self) -> None:
-        for engine in self._engines:
-            engine.check()
-
-    def end_devices(self) -> None:
-        for engine in self._engines:
-            engine.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def close(self) -> None:
-        self.end_devices()
-        with contextlib.suppress(HomeinferError):
-            self._links.close()
+    return n_batch * n_vocab * 4 + (1 << 16)

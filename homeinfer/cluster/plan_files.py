@@ -43,13 +43,21 @@ def header_digest(header: Header) -> str:
     return digest.hexdigest()
 
 
+def check_writable(path: Path) -> None:
+    """Raises HomeinferError for what is plain before any work: a directory, or a file in none."""
+    name = printable(str(path), 1000)
+    if path.is_dir():
+        raise HomeinferError(f"{name}: this is a directory; name a file")
+    if not path.parent.is_dir():
+        raise HomeinferError(f"{name}: it can't be written: there is no such folder; make it first")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises HomeinferError where that can't be."""
+    check_writable(path)
     name = printable(str(path), 1000)
     target = Path(os.path.realpath(path))
     partial = target.with_name(f".homeinfer-{secrets.token_hex(4)}.partial")
-    if target.is_dir():
-        raise HomeinferError(f"{name}: this is a directory; name a file")
     try:
         try:
             with partial.open("w", encoding="utf-8", newline="\n") as file:

@@ -13,12 +13,16 @@ from homeinfer import _native
 from homeinfer.engine import runtime
 from homeinfer.engine.embedding import EmbeddingSource, map_rows
 from homeinfer.engine.pipeline import Copy, Flags, Floats, Ints, Keep, KvEdit, Remove, Shift
+from homeinfer.engine.streaming import Streamer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.cut_rules import OUTPUT_KEY
 from homeinfer.model.ggml_types import TYPE_NUMBERS
 
 if TYPE_CHECKING:
     from typing_extensions import CapsuleType
+
+_NO_NODE = "no node"
+"""A name that llama.cpp gives none: nothing is captured."""
 
 _MROPE_TYPES = (8, 40)
 """LLAMA_ROPE_TYPE_MROPE and IMROPE: positions have four sections when hidden states come in."""
@@ -54,8 +58,14 @@ class WindowSpec(msgspec.Struct, frozen=True):
 class LayerWindow:
     """A loaded window. Not thread-safe; one per engine process and window."""
 
-    def __init__(self, spec: WindowSpec, progress: Callable[[float], bool] | None = None) -> None:
-        """Load the weights and make the memory. `progress` gets 0..1 and may return False to stop.
+    def __init__(
+        self,
+        spec: WindowSpec,
+        progress: Callable[[float], bool] | None = None,
+        streamer: Streamer | None = None,
+    ) -> None:
+        """Load the weights and make the memory. `progress` gets 0..1 and may return False to stop. With a `streamer`,
+        a window that is not resident is streamed, after those made before it; call the streamer's `start` then.
 
         Raises HomeinferError when llama.cpp can't load the file. llama.cpp ends the process on what it
         dislikes: this belongs into a process of its own.
@@ -65,6 +75,7 @@ class LayerWindow:
         self.is_last = spec.last == spec.n_layer
         self._lib = runtime.llama()
         self._context: Any = None
+        self._streamer = None if spec.resident or spec.gpu_layers else streamer
         self._model: Any = self._load(progress)
         self._capture: CapsuleType | None = None
         self._runner: CapsuleType | None = None
@@ -100,7 +111,14 @@ class LayerWindow:
         callback = self._lib.llama_progress_callback(lambda share, _user: progress is None or progress(share))
         params.progress_callback = callback
         runtime.forget_log()
-        model = self._lib.llama_model_load_from_file(self.spec.path.encode(), params)
+
+        def load(path: str) -> Any:
+            return self._lib.llama_model_load_from_file(path.encode(), params)
+
+        if self._streamer is None:
+            model = load(self.spec.path)
+        else:
+            model = self._streamer.load(self.spec.path, self.is_whole, self.is_last, load)
         if not model:
             raise HomeinferError(f"{self.spec.path} can't be loaded: {runtime.reason('llama.cpp gives no reason')}")
         return model
@@ -116,13 +134,15 @@ class LayerWindow:
         params.n_threads = params.n_threads_batch = spec.n_threads
         params.flash_attn_type = int(spec.flash_attention)
         params.no_perf = True
-        if not self.is_last:
+        if not self.is_last or self._streamer is not None:
             self._capture = _native.capture_new(
                 runtime.address("ggml_get_name"),
                 runtime.address("ggml_nbytes"),
                 runtime.address("ggml_backend_tensor_get"),
-                self._output_name(),
+                self._output_name() if not self.is_last else _NO_NODE,
             )
+            if self._streamer is not None:
+                self._streamer.attach(self._capture)
             callback, user = _native.capture_pointers(self._capture)
             params.cb_eval = self._lib.ggml_backend_sched_eval_callback(callback)
             params.cb_eval_user_data = user
@@ -142,7 +162,7 @@ class LayerWindow:
             decode=runtime.llama_address("llama_decode"),
             logits_ith=runtime.llama_address("llama_get_logits_ith"),
             context=ctypes.cast(self._context, ctypes.c_void_p).value or 0,
-            capture=self._capture,
+            capture=None if self.is_last else self._capture,
             capacity=spec.n_batch,
             n_embd=self.n_embd,
             n_vocab=self.n_vocab,
@@ -191,11 +211,17 @@ class LayerWindow:
         try:
             status, out, microseconds = _native.runner_forward(self._runner, n, index, rows)
         except ValueError as problem:
+            self._after_graph()
             raise HomeinferError(f"layers {self.spec.first} to {self.spec.last - 1}: {problem}") from problem
+        self._after_graph()
         if status:
             raise HomeinferError(_DECODE_ERRORS.get(status, f"llama_decode failed with {status}: {runtime.reason('')}"))
         self.computing = microseconds * 1e-6
         return out
+
+    def _after_graph(self) -> None:
+        if self._streamer is not None:
+            self._streamer.after_graph()
 
     def edit(self, edits: Sequence[KvEdit]) -> None:
         """Change the memory as llama_memory_seq_* do. Raises HomeinferError for what this memory can't, and, before
@@ -217,7 +243,9 @@ class LayerWindow:
                     self._lib.llama_memory_seq_add(self._memory, sequence, start, end, delta)
 
     def close(self) -> None:
-        """Free the memory and the weights. Safe to call twice."""
+        """Free the memory and the weights. Safe to call twice. It ends the streaming of all windows."""
+        if self._streamer is not None:
+            self._streamer.close()  # its threads write into the weights
         self._runner = None  # it points into the context
         if self._context is not None:
             self._lib.llama_free(self._context)

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from homeinfer import _native
 from homeinfer.engine import runtime
+from homeinfer.engine.graph_nodes import product_operations
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, printable, read_header
-from homeinfer.quant.graph_nodes import product_operations
 from homeinfer.quant.input_sums import NOISE_ROWS, InputSums, Noise
 from homeinfer.quant.mapped_model import MappedModel
 

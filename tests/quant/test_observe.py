@@ -11,10 +11,10 @@ import numpy as np
 import psutil
 import pytest
 
+from homeinfer.engine.graph_nodes import product_operations
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
 from homeinfer.quant import observe as observing
-from homeinfer.quant.graph_nodes import product_operations
 from homeinfer.quant.observe import Ints, Mode, Squares, observable, observe
 from homeinfer.quant.observer_process import observe_in_process, tokenize_in_process
 from tests.quant.f16_model import VOCAB, write_f16_model
