@@ -7,6 +7,7 @@ import math
 import msgspec
 import pytest
 
+from homeinfer.cluster.planning.memory import PAGES
 from homeinfer.cluster.planning.plan import Constraints, Workload
 from homeinfer.cluster.planning.problem import Problem
 from homeinfer.cluster.planning.profile import DeviceProfile, Link
@@ -15,7 +16,7 @@ from homeinfer.errors import HomeinferError
 from tests.cluster.planning.clusters import MB, a_device, a_ring, a_shape
 
 _PLAIN = Workload(n_ctx=256, prompt_tokens=16, n_batch=16, headroom=0.0)
-_READ = 100 + 0.016384
+_READ = 100 + PAGES / 1e6
 
 
 def _simulator(n: int, *devices: DeviceProfile, workload: Workload = _PLAIN) -> Simulator:
