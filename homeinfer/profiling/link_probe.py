@@ -5,6 +5,7 @@ python -m homeinfer.profiling.link_probe    (a Listen line on stdin, an address 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -57,8 +58,9 @@ class End:
 
     def say(self, message: msgspec.Struct) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(message) + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # that it is gone is what hear() says
+            self._process.stdin.write(msgspec.json.encode(message) + b"\n")
+            self._process.stdin.flush()
 
     def hear(self) -> bytes:
         assert self._process.stdout is not None

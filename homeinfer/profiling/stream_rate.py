@@ -24,7 +24,7 @@ def stream_rate(request: TimeStream) -> float:
     streamer = Streamer(1 << 62)
     window = LayerWindow(_spec(request), streamer=streamer)
     try:
-        buffer = streamer.least_bytes + _AHEAD
+        buffer = streamer.least_bytes + min(_AHEAD, streamer.streamed_bytes // 8)
         if 2 * buffer > streamer.streamed_bytes:
             return 0.0
         streamer.resize(buffer)
