@@ -25,6 +25,7 @@ from homeinfer.cluster.planning.solve_state import State
 from homeinfer.cluster.planning.solve_table import Table
 from homeinfer.cluster.planning.start_all import starts
 from homeinfer.errors import HomeinferError
+from homeinfer.model.records import printable
 
 _LEAST_EFFORT, _EFFORT_OF_PAIR, _EFFORT_OF_DEVICE = 200_000, 5_000, 80_000
 """About 5 microseconds each: 8 devices get a second, 16 some four, 64 some fifteen."""
@@ -33,6 +34,7 @@ _SHARE, _ROUGH_SHARE = 0.5, 0.4
 _ROUNDS = (2, 3, 4)
 _SMALL_LAYERS, _SMALL_SLOTS = 14, 4
 _NODES = 1_000_000
+_MORE_DESCENTS, _MORE_EFFORT = 8, 150_000
 
 Progress = Callable[[float], None]
 
@@ -86,6 +88,9 @@ class _Search:
             self._on_progress(0.1 + 0.5 * count / _DESCENTS)
         if self.state is not None and "s" in self.state.places:
             self._try_rounds(self.state)
+        work = self._table.problem.workload
+        if self._is_small and work.objective != "ttft" and work.sequences == 1:
+            self._descend_again([State(owners, places) for _, owners, places in ranked[:_MORE_DESCENTS]])
         self._on_progress(0.8)
         self.judge.left = max(self.judge.left, _effort(len(self._table.usable)) // 5)
         self._search_exactly()
@@ -120,6 +125,14 @@ class _Search:
         value, found = descend(self.judge, self._filler, rough, _SHARE)
         if value < self.best:
             self.best, self.state = value, found
+
+    def _descend_again(self, states: list[State]) -> None:
+        """By simulations alone: where plans wait for disks, bounds can lead astray."""
+        for state in states:
+            self.judge.left = _MORE_EFFORT
+            value, found = descend(self.judge, self._filler, state)
+            if value < self.best:
+                self.best, self.state = value, found
 
     @property
     def _is_small(self) -> bool:
@@ -168,6 +181,10 @@ def _missing(table: Table, simulator: Simulator) -> str:
             f"the KV cache of {problem.workload.n_ctx} positions and the output matrix take {kept / 1e9:.1f} GB and "
             f"the devices have {room / 1e9:.1f} GB for them: take a shorter context or another KV type"
         )
+    lacking = sorted(name for name in problem.constraints.required if name != problem.head)
+    if lacking:
+        names = ", ".join(printable(name, 60) for name in lacking)
+        return f"no plan was found in which all required devices take part ({names}): require fewer"
     alone = State(bytes([table.heads[0]]) * table.n_layers, "s" * table.n_layers)
     ring = Judge(table, simulator, 0).ring(alone)
     return f"no plan fits these devices; with all layers on the head, streamed: {simulator.trouble(ring)}"

@@ -12,7 +12,7 @@ from homeinfer.cluster.planning.problem import Problem
 from homeinfer.cluster.planning.simulate import Simulator
 from homeinfer.cluster.planning.solve import solve
 from homeinfer.errors import HomeinferError
-from tests.support.clusters import HOMES, SMALL, random_problem
+from tests.support.clusters import HOMES, SMALL, Sizes, random_problem
 
 
 def solvable(seed: int) -> Problem:
@@ -59,6 +59,24 @@ def test_required_and_forbidden_devices_are_obeyed() -> None:
     assert "device1" in used
     assert "device2" not in used
     assert solution.reasons == {"device2": "you ruled it out"}
+
+
+@pytest.mark.parametrize("memory", [(0.35, 0.45), (2.0, 2.5)], ids=["short of memory", "with memory to spare"])
+@pytest.mark.parametrize("layers", [(10, 12), (24, 30)])
+def test_all_of_three_required_devices_take_part(layers: tuple[int, int], memory: tuple[float, float]) -> None:
+    sizes = Sizes(devices=(3, 3), layers=layers, memory=memory)
+    names = ("device0", "device1", "device2")
+    for seed in (0, 2):
+        problem = random_problem(seed, sizes)
+        problem = msgspec.structs.replace(problem, constraints=Constraints(required=names))
+        assert {window.device for window in solve(problem).ring.windows} == set(names)
+
+
+def test_required_devices_that_no_plan_can_have_are_named() -> None:
+    problem = random_problem(0, Sizes(devices=(4, 4), layers=(3, 3), memory=(2.0, 2.5)))
+    problem = msgspec.structs.replace(problem, constraints=Constraints(required=("device1", "device2", "device3")))
+    with pytest.raises(HomeinferError, match=r"all required devices take part \(device1, device2, device3\)"):
+        solve(problem)
 
 
 def test_what_fits_nowhere_is_said_in_one_line() -> None:
