@@ -32,7 +32,7 @@ def short() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(disk, "_SECONDS", 0.05)
         patch.setattr(disk, "_MOST_BYTES", 64 << 20)
         patch.setattr(disk, "_PASS", 16 << 20)
-        patch.setattr(disk, "_LAYER", 4 << 20)
+        patch.setattr(disk, "_STREAMED", 4 << 20)
         patch.setattr(model_times, "_SECONDS", 0.0)
         patch.setattr(model_times, "_ENOUGH", 8_000_000)
         patch.setattr(measure, "_MODEL_SECONDS", 0.0)
