@@ -117,6 +117,10 @@ class Home:
         """Words before a command that is to run on a device."""
         return (*self._words, "exec", str(device), "--")
 
+    def drop(self, folder: Path) -> None:
+        """Evict window files from the page cache: a limit means nothing where another's pages are used."""
+        self._run("drop", *map(str, folder.rglob("*.gguf")))
+
     def _run(self, *words: str) -> None:
         subprocess.run([*self._words, *words], check=True, capture_output=True)
 
@@ -176,17 +180,8 @@ def started(header: Header, ring: Ring, prediction: Prediction, home: Home, fold
         )
         for i in used
     )
-    drop(folder)
+    home.drop(folder)
     return start_ring(RingStart(devices, header.files[0].path, most_logits(header, N_BATCH), "tcp://10.77.0.254:*"))
-
-
-def drop(folder: Path) -> None:
-    """Evict window files from the page cache: a limit means nothing where another's pages are used."""
-    for path in folder.rglob("*.gguf"):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
 
 
 def read_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from homeinfer.engine import runtime
 
 # before any test module loads llama.cpp: OpenMP reads its settings once, and idle threads that spin slow everything
 runtime.prepare_environment()
+
+# a shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C would then hang
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -120,7 +120,7 @@ def _planned(
     compare: bool,
     timeline: bool,
 ) -> tuple[PlanReport, Prediction]:
-    from homeinfer.cli.quantize_progress import fraction_bar
+    from homeinfer.cli.bars import fraction_bar
     from homeinfer.cluster.plan_files import planned_model
     from homeinfer.cluster.planning import planner
     from homeinfer.cluster.planning.remarks import remarks

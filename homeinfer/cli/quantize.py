@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from homeinfer.cli.bars import fraction_bar, stage_bar, tensor_bar
 from homeinfer.cli.quantize_options import (
     BpwOption,
     DestinationArgument,
@@ -30,10 +31,9 @@ from homeinfer.cli.quantize_options import (
     default_destination,
     megabytes,
     planned_note,
+    require_agreeing,
     require_one_way,
-    wrong_usage,
 )
-from homeinfer.cli.quantize_progress import fraction_bar, stage_bar, tensor_bar
 from homeinfer.model.header import Header, read_header
 from homeinfer.quant.budget import Budget, check_budget
 from homeinfer.quant.dry_run import DryRun, refuse_early
@@ -97,10 +97,7 @@ def quantize(
     The result runs in any llama.cpp. SRC stays as it is; DST appears when it is complete.
     """
     label = require_one_way(recipe, bpw, size, fit, tpot)
-    if recipe is not None and report is not None:
-        wrong_usage("--report shows what was measured: it goes with --bpw, --size and --fit, not with --recipe")
-    if imatrix is not None and text:
-        wrong_usage("--imatrix and --text both say what counts; give one of them")
+    require_agreeing(recipe, report, imatrix, text)
     rules = [parse_tensor_rule(rule) for rule in tensor or ()]
     target = destination or default_destination(source, label)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -132,6 +133,16 @@ def require_one_way(
     if len(given) > 1:
         wrong_usage(f"{' and '.join(given)} both say how small; give one of them")
     return next(iter(given.values()))
+
+
+def require_agreeing(
+    recipe: str | None, report: Path | None, imatrix: Path | None, text: Sequence[Path] | None
+) -> None:
+    """Exit when two options contradict each other."""
+    if recipe is not None and report is not None:
+        wrong_usage("--report shows what was measured: it goes with --bpw, --size and --fit, not with --recipe")
+    if imatrix is not None and text:
+        wrong_usage("--imatrix and --text both say what counts; give one of them")
 
 
 def budget_for(

@@ -50,8 +50,8 @@ def engine_environment(environment: Mapping[str, str], *, huge_pages: bool = Tru
     With 4 kB pages a decode step spends 2 to 3 % of its time looking addresses up: by that much LayerWindow is
     faster than llama.cpp without this in scripts/bench_window.py (1.2B Q4_K_M). glibc reads its setting once, at
     the start of a process; elsewhere than on Linux nobody does. llama.cpp's own backtraces are off: they start
-    a debugger, and what failed is in its last line. huge_pages False: malloc asks for none, which on a device short
-    of memory saves 15 to 50 MB.
+    a debugger, and what failed is in its last line. huge_pages False: malloc asks for none, for devices
+    short of memory.
     """
     made = dict(environment)
     prepare_environment(made)

@@ -12,6 +12,7 @@ import msgspec
 from homeinfer.cluster.planning.profile import Gpu
 from homeinfer.cluster.wire.transport import Links, Peer, has_ipc
 from homeinfer.engine import runtime
+from homeinfer.engine.child import Child
 from homeinfer.errors import HomeinferError
 from homeinfer.profiling import hops
 from homeinfer.profiling.timing_messages import (
@@ -28,7 +29,6 @@ from homeinfer.profiling.timing_messages import (
     TimeWindow,
     ToTimer,
 )
-from homeinfer.quant.child import Child
 
 _HOPS = 40
 DEFAULT_HOP_MS = 0.3

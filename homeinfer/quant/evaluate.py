@@ -15,10 +15,10 @@ from types import TracebackType
 
 import msgspec
 
+from homeinfer.engine.child import Child
 from homeinfer.errors import HomeinferError
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import Header, printable, read_header
-from homeinfer.quant.child import Child
 from homeinfer.quant.evaluator_process import Failed, Finished, Message, Opened, Opening, Request, Scored
 from homeinfer.quant.kld import Scores, statistics
 from homeinfer.quant.logits_file import is_logits_file, scored_positions

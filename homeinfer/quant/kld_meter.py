@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from homeinfer.engine import runtime
+from homeinfer.engine.child import Child
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, printable, read_header
-from homeinfer.quant.child import Child
 from homeinfer.quant.kld import Doubles, Floats, Ints, NotFiniteError, Records, compare, pack
 from homeinfer.quant.logits_file import scored_positions
 from homeinfer.quant.mapped_model import MappedModel

@@ -22,10 +22,10 @@ import msgspec
 import numpy as np
 
 from homeinfer.engine import runtime
+from homeinfer.engine.child import Child
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import printable, read_header
-from homeinfer.quant.child import Child
 from homeinfer.quant.moments_file import Input, write_inputs
 from homeinfer.quant.observe import Ints, Mode, Observed, observe
 from homeinfer.quant.observed_file import read_observed, write_observed

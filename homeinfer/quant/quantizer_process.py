@@ -11,11 +11,11 @@ from types import TracebackType
 
 import msgspec
 
+from homeinfer.engine.child import Child
 from homeinfer.errors import HomeinferError
 from homeinfer.model.ggml_types import TYPE_NUMBERS
 from homeinfer.model.header import Header
 from homeinfer.quant.checks import path_name, size_text
-from homeinfer.quant.child import Child
 from homeinfer.quant.importance import Importance
 from homeinfer.quant.output_header import added_metadata
 from homeinfer.quant.quantizer_messages import GO, Failed, Message, Planned, Request, Started

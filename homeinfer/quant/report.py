@@ -17,18 +17,8 @@ from homeinfer.model.header import printable
 from homeinfer.quant.report_curve import LEAST, MOST, kld_curve, this_file
 from homeinfer.quant.report_data import CurvePoint, Measured, QuantReport, TensorChoice
 from homeinfer.quant.report_map import Module, bits_map, modules, total_kld
-from homeinfer.quant.report_svg import (
-    Drawing,
-    bits_per_weight,
-    figures,
-    inline,
-    nbytes,
-    percent,
-    safe,
-    standalone,
-    style,
-    text,
-)
+from homeinfer.quant.report_svg import Drawing, bits_per_weight, inline, nbytes, percent, standalone, style
+from homeinfer.svg import figures, safe, text
 
 _SAME_SIZE = 0.01
 """Presets within this share of the file's size are of the same size."""

@@ -9,7 +9,8 @@ import msgspec
 
 from homeinfer.quant.report_data import CurvePoint, QuantReport
 from homeinfer.quant.report_labels import Box, Placed, along, place
-from homeinfer.quant.report_svg import WIDTH, Drawing, dot, figures, line, nbytes, polyline, text, text_width
+from homeinfer.quant.report_svg import Drawing, nbytes
+from homeinfer.svg import WIDTH, dot, figures, line, polyline, text, text_width
 
 _LEFT, _RIGHT, _TOP, _HEIGHT = 56.0, WIDTH - 8.0, 66.0, 320.0
 _BOTTOM = _TOP + _HEIGHT

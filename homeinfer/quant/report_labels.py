@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import msgspec
 
-from homeinfer.quant.report_svg import text_width
+from homeinfer.svg import text_width
 
 _HEIGHT = 13.0
 _NEAR = ((1, 0), (0.8, -0.8), (0.8, 0.8), (0, -1), (-0.8, -0.8), (-1, 0), (-0.8, 0.8), (0, 1))

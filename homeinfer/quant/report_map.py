@@ -11,18 +11,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from homeinfer.quant.report_data import TensorChoice
-from homeinfer.quant.report_svg import (
-    WIDTH,
-    Drawing,
-    bits_per_weight,
-    bits_step,
-    box,
-    figures,
-    line,
-    nbytes,
-    percent,
-    text,
-)
+from homeinfer.quant.report_svg import Drawing, bits_per_weight, bits_step, nbytes, percent
+from homeinfer.svg import WIDTH, box, figures, line, text
 
 _EXPERT_NUMBER = re.compile(r"\.\d+$")
 _PARTS = (

@@ -20,7 +20,8 @@ from homeinfer.quant.recipes import dq3_k_m, plan
 from homeinfer.quant.report import comparison, picture, render, write_report
 from homeinfer.quant.report_data import CurvePoint, Measured, QuantReport, TensorChoice
 from homeinfer.quant.report_labels import Box
-from homeinfer.quant.report_svg import luminance, style, text_width
+from homeinfer.quant.report_svg import luminance, style
+from homeinfer.svg import text_width
 from tests.quant.f16_model import write_f16_model
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from homeinfer.cluster.planning.plan import Span
-from homeinfer.quant.report_svg import WIDTH, box, coord, figures, line, safe, text, text_width
+from homeinfer.svg import WIDTH, box, coord, figures, line, safe, text, text_width
 
 _LEFT = 172.0
 _RIGHT = 20.0

@@ -1,13 +1,14 @@
-"""The bars of `homeinfer quantize`: time left on a terminal, nothing elsewhere."""
+"""Bars of work that says its fraction done: time left on a terminal, nothing elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from homeinfer.quant.quantize import Progress
+if TYPE_CHECKING:
+    from homeinfer.quant.quantize import Progress
 
 
 @contextlib.contextmanager
