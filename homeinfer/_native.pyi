@@ -119,3 +119,9 @@ def stream_close(stream: CapsuleType, /) -> None:
     """Ends the threads, after the requests under way; nothing is written to any address after it."""
 
 def spin(n: int, /) -> None: ...
+def rows_pack(kind: int, rows: object, width: int, /) -> bytes:
+    """Rows of float32 as they travel. kind: 0 f32, 1 f16, 2 bf16, 3 q8 (homeinfer.cluster.wire.rows)."""
+
+def rows_unpack(kind: int, rows: object, n: int, width: int, /) -> object:
+    """n rows of float32 from what came, the same object for f32. Raises ValueError for another size and for what is
+    not a number."""

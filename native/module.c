@@ -1,6 +1,7 @@
 /* The module homeinfer._native: its functions, and the busy wait that times a spin count. */
 #include "capture.h"
 #include "rounding.h"
+#include "rows.h"
 #include "tap.h"
 
 #if defined(_MSC_VER)
@@ -67,6 +68,8 @@ static PyMethodDef methods[] = {
     {"stream_resize", stream_resize, METH_VARARGS, "stream_resize(stream, limit)\n\nAnother limit, in bytes."},
     {"stream_state", stream_state, METH_O, "stream_state(stream) -> tuple\n\nSee homeinfer/_native.pyi."},
     {"stream_close", stream_close, METH_O, "stream_close(stream)\n\nEnds its reader threads."},
+    {"rows_pack", rows_pack, METH_VARARGS, "rows_pack(kind, rows, width) -> bytes\n\nSee homeinfer/_native.pyi."},
+    {"rows_unpack", rows_unpack, METH_VARARGS, "rows_unpack(kind, rows, n, width) -> rows\n\nSee homeinfer/_native.pyi."},
     {"spin", spin, METH_O, "spin(n)\n\nn steps of a busy wait, to time one."},
     {NULL, NULL, 0, NULL},
 };

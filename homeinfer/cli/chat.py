@@ -13,11 +13,11 @@ from homeinfer.cli import ui
 from homeinfer.cli.opening import (
     ContextOption,
     GpuOption,
+    LocalOption,
     ModelArgument,
     RingOption,
     StreamOption,
     ThreadsOption,
-    model_name,
     opened,
 )
 from homeinfer.cli.sampling_options import (
@@ -54,6 +54,7 @@ def chat(
     frequency_penalty: FrequencyOption = 0.0,
     presence_penalty: PresenceOption = 0.0,
     grammar: GrammarOption = None,
+    local: LocalOption = False,
     local_ring: RingOption = 1,
     ctx: ContextOption = 0,
     threads: ThreadsOption = 0,
@@ -62,7 +63,8 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves, /help shows the commands.
 
-    Where standard input is no terminal, each of its lines is a message and only the answers go to standard output.
+    A cluster that runs on this machine answers, unless another model is named. Where standard input is no terminal,
+    each of its lines is a message and only the answers go to standard output.
 
     Examples:
 
@@ -87,12 +89,11 @@ def chat(
     options = RingOptions(devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream)
     from homeinfer.chat.terminal import keys_held_back, talk  # a quarter of the start of every other command
 
-    with keys_held_back(), opened(model, options) as ready:
+    with keys_held_back(), opened(model, options, local=local) as ready:
         Sampler(sampling, ready.tokenizer).close()  # what is wrong with a grammar is said now
         template = ChatTemplate(ready.header, ready.tokenizer)
-        name = model_name(model)
-        session = Session(name, template, ready.generator, sampling, limit=n_predict, system=system)
-        talk(session, ui.notes, banner(name, ready.generator.teller, template))
+        session = Session(ready.name, template, ready.generator, sampling, limit=n_predict, system=system)
+        talk(session, ui.notes, banner(ready.name, ready.generator.teller, template))
 
 
 def banner(name: str, teller: Teller, template: ChatTemplate) -> str:

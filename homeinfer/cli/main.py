@@ -14,7 +14,7 @@ from typer.models import CommandInfo
 from homeinfer import __version__
 from homeinfer.errors import HomeinferError
 
-_COMMANDS = ("chat", "run", "quantize", "imatrix", "evaluate", "profile", "plan", "model")
+_COMMANDS = ("chat", "run", "cluster", "bench", "quantize", "imatrix", "evaluate", "profile", "plan", "model")
 
 
 class _Commands(TyperGroup):
@@ -27,6 +27,8 @@ class _Commands(TyperGroup):
         if cmd_name not in _COMMANDS:
             return None
         function = getattr(importlib.import_module(f"homeinfer.cli.{cmd_name}"), cmd_name)
+        if isinstance(function, typer.Typer):
+            return typer.main.get_group(function)
         info = CommandInfo(name=cmd_name, callback=function)
         return typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="rich")
 

@@ -1,4 +1,4 @@
-"""From a model's path to something that answers: shared by run and chat."""
+"""From a model's path to something that answers, the running cluster or this machine alone: shared by run and chat."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import msgspec
 import typer
 
 from homeinfer.cli import ui
+from homeinfer.cluster.coordinator.running import running_cluster
 from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.engine.answers import Generator
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import state_folder
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_file import default_folder, missing_bytes
@@ -39,11 +41,15 @@ GpuOption = Annotated[
 StreamOption = Annotated[
     bool, typer.Option("--stream", help="Map the weights and read them when needed, instead of loading them.")
 ]
+LocalOption = Annotated[
+    bool, typer.Option("--local", help="Answer on this machine alone, also when a cluster is running.")
+]
 
 
 class Opened(msgspec.Struct, frozen=True, eq=False):
-    """A model that is ready to answer."""
+    """A model that is ready to answer. name: how to call it on screen."""
 
+    name: str
     header: Header
     tokenizer: Tokenizer
     generator: Generator
@@ -69,8 +75,24 @@ def model_name(model: Path | None) -> str:
 
 
 @contextmanager
-def opened(model: Path | None, options: RingOptions, *, quiet: bool = False) -> Iterator[Opened]:
-    """Read, cut, load and join; everything is ended again on the way out. Raises HomeinferError."""
+def opened(model: Path | None, options: RingOptions, *, local: bool = False, quiet: bool = False) -> Iterator[Opened]:
+    """The running cluster, if this is its model or none was named; else read, cut, load and join here.
+
+    Everything that was started is ended again on the way out. local: without the cluster. Raises HomeinferError.
+    """
+    if not local and options.devices == 1 and running_cluster(state_folder()) is not None:
+        from homeinfer.cli.cluster_opening import opened_cluster
+
+        with opened_cluster(model, options, quiet=quiet) as ready:
+            if ready is not None:
+                yield ready
+                return
+    with _opened_here(model, options, quiet=quiet) as ready:
+        yield ready
+
+
+@contextmanager
+def _opened_here(model: Path | None, options: RingOptions, *, quiet: bool) -> Iterator[Opened]:
     header = read_header(model or default_model())
     check_generates(header)
     tokenizer = Tokenizer(header.files[0].path)
@@ -82,7 +104,7 @@ def opened(model: Path | None, options: RingOptions, *, quiet: bool = False) -> 
     try:
         if len(windows) > 1 and not quiet:
             ui.show_plan(pipeline.devices, layer_bytes(header, n_layers(header)))
-        yield Opened(header, tokenizer, Generator(pipeline, tokenizer))
+        yield Opened(model_name(model), header, tokenizer, Generator(pipeline, tokenizer))
     finally:
         pipeline.close()
         tokenizer.close()

@@ -15,6 +15,7 @@ from homeinfer.cli import ui
 from homeinfer.cli.opening import (
     ContextOption,
     GpuOption,
+    LocalOption,
     ModelArgument,
     Opened,
     RingOption,
@@ -74,6 +75,7 @@ def run(
     frequency_penalty: FrequencyOption = 0.0,
     presence_penalty: PresenceOption = 0.0,
     grammar: GrammarOption = None,
+    local: LocalOption = False,
     local_ring: RingOption = 1,
     ctx: ContextOption = 0,
     threads: ThreadsOption = 0,
@@ -82,6 +84,8 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Answer one prompt and leave.
+
+    A cluster that runs on this machine answers, unless another model is named.
 
     Examples:
 
@@ -105,7 +109,7 @@ def run(
     )
     text = prompt_text(prompt)
     options = RingOptions(devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream)
-    with opened(model, options, quiet=json) as ready:
+    with opened(model, options, local=local, quiet=json) as ready:
         tokens = prompt_tokens(ready, text, system, raw=raw)
         outcome = ready.generator.answer(tokens, sampling, n_predict, on_text=_ignore if json else _print)
         devices = list(ready.generator.teller.devices)

@@ -3,83 +3,84 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import msgspec
-import numpy as np
 
 from homeinfer.cluster.engine_messages import Hop, Routes, Setup
-from homeinfer.cluster.wire.messages import (
-    Ask,
-    Cancel,
-    Edits,
-    Failure,
-    Finished,
-    Message,
-    Spent,
-    Step,
-    Stop,
-    Told,
-    decode,
-    encode,
-    first_step,
-    logits_of,
-)
-from homeinfer.cluster.wire.transport import Links, Peer, send
-from homeinfer.engine.generate import TokenLoop
-from homeinfer.engine.pipeline import Batch, DeviceInfo, Floats, KvEdit
-from homeinfer.engine.tokenizer import Tokenizer
+from homeinfer.cluster.teller import ModelVocabulary, Teller
+from homeinfer.cluster.wire.messages import Edits, Failure, Message, Prefilled, Spent, Step, Told, decode, encode
+from homeinfer.cluster.wire.rows import pack, unpack
+from homeinfer.cluster.wire.transport import Links, Peer
+from homeinfer.engine.pipeline import Remove
 from homeinfer.engine.window import LayerWindow
 from homeinfer.errors import HomeinferError
 
-
-class RingEnds(Exception):
-    """A Stop came in the middle of an answer."""
-
-
-class DeviceFailure(HomeinferError):
-    """What another device could not do."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
+LOST = "a step was lost on its way around the ring"
 
 
 class Device:
-    """Windows and links of one engine."""
+    """Windows and links of one engine, and their place in the ring of the present epoch."""
 
-    def __init__(self, setup: Setup, windows: list[LayerWindow], links: Links, routes: Routes) -> None:
-        self.epoch = setup.epoch
-        self._name = setup.name
+    def __init__(
+        self,
+        setup: Setup,
+        windows: list[LayerWindow],
+        links: Links,
+        ordered: deque[Routes],
+        on_joined: Callable[[int], None],
+    ) -> None:
+        """ordered: where another thread puts Routes, and then wakes the links; on_joined hears their epochs."""
+        self._setup = setup
         self._links = links
         self._windows = windows
-        self._hops = {hop.hop: hop for hop in routes.hops}
-        self._head = routes.head
-        self._teller = _Teller(self, windows[-1], routes, setup.vocabulary) if routes.n_hops - 1 in self._hops else None
+        self._on_joined = on_joined
+        self._ordered = ordered
+        self._vocabulary = ModelVocabulary(setup.vocabulary, windows[-1].n_vocab)
+        self._routes: Routes | None = None
+        self._hops: dict[int, Hop] = {}
+        self._passed: dict[int, tuple[int, int]] = {}
+        """Of each hop: the last steps that went through, the teller's (-1, -2, ...) and the head's (upwards)."""
+        self._teller: Teller | None = None
 
-    def run(self) -> None:
-        """Serve until a Stop comes."""
+    @property
+    def name(self) -> str:
+        return self._setup.name
+
+    @property
+    def epoch(self) -> int:
+        return -1 if self._routes is None else self._routes.epoch
+
+    def run(self) -> NoReturn:
+        """Serve, for ever."""
         while True:
-            arrived = self.receive()
-            if arrived is None:
-                continue
-            message, rows = arrived
-            try:
-                if isinstance(message, Ask):
-                    if self._teller is not None:
-                        self._teller.answer(message, rows)
-                elif not isinstance(message, Cancel):
-                    if self._teller is not None and not isinstance(message, Stop):
-                        self._teller.loop.forget()  # somebody else changes the memory
-                    self.pass_on(message, rows)
-                    if isinstance(message, Stop):
-                        return
-            except RingEnds:
-                return
+            while self._ordered:
+                self._join(self._ordered.popleft())
+            has_work = self._teller is not None and self._teller.has_work()
+            arrived = self._receive(wait=not has_work)
+            if arrived is not None:
+                self._handle(*arrived)
+            elif self._teller is not None and has_work:
+                self._teller.launch()
 
-    def receive(self, *, wait: bool = True) -> tuple[Message, Any] | None:
+    def _join(self, routes: Routes) -> None:
+        """Leave whatever was under way, with an empty memory."""
+        self._routes = routes
+        self._hops = {hop.hop: hop for hop in routes.hops}
+        self._passed = dict.fromkeys(self._hops, (0, 0))
+        self._links.allow(routes.allowed)
+        self._links.drop_senders()
+        for window in self._windows:
+            window.edit([Remove(sequence) for sequence in range(window.spec.n_seq)])
+        if self._teller is not None:
+            self._teller.close()
+        holds_last = routes.n_hops - 1 in self._hops
+        self._teller = Teller(self, self._windows, routes, self._vocabulary) if holds_last else None
+        self._on_joined(routes.epoch)
+
+    def _receive(self, *, wait: bool) -> tuple[Message, Any] | None:
         """The next message that is of this ring's epoch, or None when what came was none, or nothing came."""
         frames = self._links.receive() if wait else self._links.receive_now()
         if frames is None:
@@ -90,44 +91,85 @@ class Device:
             return None  # nothing of this ring: nobody to tell
         return (message, rows) if message.epoch == self.epoch else None
 
-    def pass_on(self, message: Message, rows: Any) -> None:
-        """Take a message through this device's windows and send it to the next device."""
-        if message.hop in self._hops:
-            peer, message, rows = self.advance(message, rows)
-            self.send(peer or self._head, message, rows)
+    def _handle(self, message: Message, rows: Any) -> None:
+        if isinstance(message, Step | Edits | Failure):
+            if message.hop in self._hops:
+                self._arrived(message, rows)
+        elif self._teller is not None and not isinstance(message, Told | Prefilled):
+            self._teller.hear(message, rows)
 
-    def advance(self, message: Message, rows: Any) -> tuple[Peer | None, Message, Any]:
-        """A message and its rows behind this device's next windows, and where they go (None: it was the last one)."""
+    def _arrived(self, message: Step | Edits | Failure, rows: Any) -> None:
+        """What was here before must not change the memory again, nor may what comes behind something lost."""
+        down, up = self._passed[message.hop]
+        if message.step > up:
+            self._passed[message.hop] = down, message.step
+            self.pass_on(message, rows)
+        elif message.step < down - 1:
+            self.pass_on(Failure(self.epoch, message.step, message.hop, self.name, LOST, message.hop - 1), b"")
+        elif message.step == down - 1:
+            self._passed[message.hop] = message.step, up
+            self.pass_on(message, rows)
+
+    def pass_on(self, message: Message, rows: Any, *, is_own: bool = False) -> None:
+        """Take a message through this device's windows and send it to the next device, or to where its step came
+        from. is_own: it starts here."""
+        hop: Hop | None = None
         while message.hop in self._hops:
             hop = self._hops[message.hop]
-            message, rows = self._answer(message, rows, hop)
+            message, rows = self._through(message, rows, hop, is_own=is_own)
+            is_own = True
             if hop.next is not None:
-                return hop.next, message, rows
-        return None, message, rows
+                self.send(hop.next, message, self._packed(message, rows))
+                return
+        if self._teller is None or hop is None:
+            return
+        if message.step < 0:
+            self._teller.back(message, rows)
+        else:
+            self._teller.forget()  # somebody else changes the memory
+            self.tell(message, rows)
+
+    def _packed(self, message: Message, rows: Any) -> Any:
+        is_hidden = isinstance(message, Step) and message.width
+        return pack(self._setup.wire, rows, message.width) if isinstance(message, Step) and is_hidden else rows
 
     def send(self, peer: Peer, message: Message, rows: Any = b"") -> None:
-        send(self._links.sender(peer), encode(message, rows))
+        """Queue a message; never waits."""
+        self._links.send(peer, encode(message, rows))
 
-    def tell(self, message: Message) -> None:
+    def tell(self, message: Message, rows: Any = b"") -> None:
         """To the head."""
-        self.send(self._head, message)
+        if self._routes is not None:
+            self.send(self._routes.head, message, rows)
 
-    def failure(self, step: int, problem: HomeinferError) -> Failure:
-        """What the head hears of a problem, another device's or this one's."""
-        if isinstance(problem, DeviceFailure):
-            return msgspec.structs.replace(problem.failure, step=step)
-        return Failure(self.epoch, step, 0, self._name, str(problem))
-
-    def _answer(self, message: Message, rows: Any, hop: Hop) -> tuple[Message, Any]:
+    def _through(self, message: Message, rows: Any, hop: Hop, *, is_own: bool) -> tuple[Message, Any]:
         window = self._windows[hop.window]
+        culprit = None
         try:
             if isinstance(message, Step):
+                if not is_own:
+                    culprit = message.hop - 1
+                    rows = self._believed(message, rows, window)
+                    culprit = None
                 return self._step(message, rows, window)
             if isinstance(message, Edits):
                 window.edit(message.edits)
         except HomeinferError as problem:
-            return Failure(message.epoch, message.step, message.hop + 1, self._name, str(problem)), b""
+            return Failure(message.epoch, message.step, message.hop + 1, self.name, str(problem), culprit), b""
         return msgspec.structs.replace(message, hop=message.hop + 1), b""
+
+    def _believed(self, step: Step, rows: Any, window: LayerWindow) -> Any:
+        """Rows from another device: hidden states are unpacked and looked at. Raises HomeinferError."""
+        if window.takes_tokens:
+            return rows
+        if step.width != window.n_embd:
+            raise HomeinferError(f"rows of {step.width} numbers came for layer {window.spec.first}")
+        if step.n > window.spec.n_batch:
+            raise HomeinferError(f"{step.n} rows came for layer {window.spec.first}, {window.spec.n_batch} at most fit")
+        try:
+            return unpack(self._setup.wire, rows, step.n, step.width)
+        except HomeinferError as problem:
+            raise HomeinferError(f"what came for layer {window.spec.first} can't be used: {problem}") from None
 
     def _step(self, step: Step, rows: Any, window: LayerWindow) -> tuple[Message, Any]:
         begin = time.perf_counter()
@@ -137,148 +179,3 @@ class Device:
         spent = Spent(window.computing * 1e6, (time.perf_counter() - begin) * 1e6)
         passed = (*step.spent, spent)
         return Step(step.epoch, step.step, step.hop + 1, step.n, window.width, step.index, passed), out
-
-
-class _Teller:
-    """The token loop on the device that holds the last window: a Pipeline from the inside of the ring.
-
-    Its steps are numbered downwards from -1, so that they are never taken for the head's.
-    """
-
-    def __init__(self, device: Device, last: LayerWindow, routes: Routes, vocabulary: str) -> None:
-        self._device = device
-        self._spec = last.spec
-        self._n_hops = routes.n_hops
-        self._first = routes.first
-        self._step = 0
-        self._asked = 0
-        self._is_cancelled = False
-        self._untold: list[Told] = []
-        self._spent: tuple[Spent, ...] = ()
-        self._back = 0.0
-        self.can_shift = True
-        """Said by the head in the request's stead: edits that a window can't do fail there."""
-        self.n_vocab = last.n_vocab
-        self.loop = TokenLoop(self, _ModelVocabulary(vocabulary, last.n_vocab))
-
-    @property
-    def n_ctx(self) -> int:
-        return self._spec.n_ctx
-
-    @property
-    def n_batch(self) -> int:
-        return self._spec.n_batch
-
-    @property
-    def devices(self) -> tuple[DeviceInfo, ...]:
-        return ()
-
-    def answer(self, ask: Ask, rows: Any) -> None:
-        """Write an answer for the head. Raises RingEnds when the ring ends meanwhile."""
-        self._asked, self._is_cancelled = ask.step, False
-        self.can_shift = ask.can_shift
-        try:
-            prompt = _prompt(ask, rows, self.n_ctx)
-            finish = self.loop.run(prompt, ask.request, self._on_token, self._cancelled)
-            self._tell_tokens()
-            self._device.tell(Finished(self._device.epoch, ask.step, 0, finish))
-        except HomeinferError as problem:
-            self._tell_tokens()
-            self._device.tell(self._device.failure(ask.step, problem))
-
-    def forward(self, batch: Batch) -> Floats:
-        """Once around the ring (homeinfer.engine.pipeline.Pipeline)."""
-        message, rows = self._around(*first_step(self._device.epoch, self._next_step(), batch))
-        if isinstance(message, Step):
-            self._spent = message.spent
-        self._back = time.perf_counter()
-        return logits_of(message, rows, int(np.count_nonzero(batch.wanted)), self.n_vocab)
-
-    def edit(self, edits: Sequence[KvEdit]) -> None:
-        """Once around the ring; returns when every window has done it."""
-        self._around(Edits(self._device.epoch, self._next_step(), 0, tuple(edits)), b"")
-
-    def close(self) -> None:
-        """The ring is not this end's to close."""
-
-    def _next_step(self) -> int:
-        self._step -= 1
-        return self._step
-
-    def _around(self, message: Message, rows: Any) -> tuple[Message, Any]:
-        if self._first is None:
-            self._tell_tokens()  # nobody else computes meanwhile
-            peer, message, rows = self._device.advance(message, rows)
-            if peer is None:
-                return _checked(message, rows)
-            self._device.send(peer, message, rows)
-        else:
-            self._device.send(self._first, message, rows)
-        self._tell_tokens()
-        return self._await()
-
-    def _await(self) -> tuple[Message, Any]:
-        while True:
-            arrived = self._device.receive()
-            if arrived is None or self._heard(arrived[0]):
-                continue
-            message, rows = arrived
-            if message.step != self._step:
-                continue  # of an answer that failed
-            peer, message, rows = self._device.advance(message, rows)
-            if peer is None and message.hop == self._n_hops:
-                return _checked(message, rows)
-            if peer is not None:
-                self._device.send(peer, message, rows)
-
-    def _heard(self, message: Message) -> bool:
-        """Whether a message was for the teller itself."""
-        if isinstance(message, Cancel):
-            self._is_cancelled |= message.step == self._asked
-        elif isinstance(message, Stop):
-            self._device.pass_on(message, b"")
-            raise RingEnds
-        return isinstance(message, Cancel | Ask)
-
-    def _cancelled(self) -> bool:
-        if self._first is None:
-            while (arrived := self._device.receive(wait=False)) is not None:
-                self._heard(arrived[0])
-        return self._is_cancelled
-
-    def _on_token(self, token: int) -> None:
-        choosing = (time.perf_counter() - self._back) * 1e6
-        self._untold.append(Told(self._device.epoch, self._asked, 0, token, self._spent, choosing))
-
-    def _tell_tokens(self) -> None:
-        """Only when the next step is on its way: what the head does with a token is nobody's to wait for."""
-        for told in self._untold:
-            self._device.tell(told)
-        self._untold.clear()
-
-
-class _ModelVocabulary:
-    """Loaded from the model when a grammar first asks for it: windows have none."""
-
-    def __init__(self, path: str, n_vocab: int) -> None:
-        self._path = path
-        self.n_vocab = n_vocab
-
-    @cached_property
-    def vocab(self) -> Any:
-        self._tokenizer = Tokenizer(self._path)
-        return self._tokenizer.vocab
-
-
-def _checked(message: Message, rows: Any) -> tuple[Message, Any]:
-    if isinstance(message, Failure):
-        raise DeviceFailure(message)
-    return message, rows
-
-
-def _prompt(ask: Ask, rows: Any, n_ctx: int) -> list[int]:
-    """The prompt's tokens. Raises HomeinferError for one that is not what the Ask says, or too long."""
-    if not 0 < ask.n < n_ctx or memoryview(rows).nbytes != 4 * ask.n:
-        raise HomeinferError(f"a prompt of {ask.n} tokens does not fit a context of {n_ctx}")
-    tokens: list[int] = np.frombuffer(rows, np.int32).tolist()
-    return tokens

@@ -1,4 +1,4 @@
-"""The engine process of a device: sets up, loads windows, serves the ring, and leaves.
+"""The engine process of a device: sets up, loads windows, serves one ring after the other, and leaves.
 
 The same code whether the other devices are on this machine or not. llama.cpp ends the process on what it
 dislikes, so this is a process of its own and its supervisor reports the end. It leaves when its standard
@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ from homeinfer.cluster.engine_messages import (
     Beat,
     Failed,
     FromEngine,
+    Joined,
     Listening,
     Loading,
     Ready,
@@ -55,9 +57,15 @@ class _Supervisor:
     def hear(self) -> bytes:
         return sys.stdin.buffer.readline()
 
-    def leave_with_it(self, listen: str) -> None:
-        """End this process when stdin ends, even in the middle of a computation."""
-        sys.stdin.buffer.read()
+    def obey(self, listen: str, ordered: deque[Routes], links: Links) -> None:
+        """Take in what comes on stdin, and end this process with it, even in the middle of a computation."""
+        for line in sys.stdin.buffer:
+            try:
+                ordered.append(msgspec.json.decode(line, type=Routes))
+            except msgspec.MsgspecError as problem:
+                self.say(Failed(f"the engine was given what it can't read: {problem}"))
+                break
+            links.wake()
         remove_sockets(listen)
         os._exit(0)
 
@@ -98,27 +106,21 @@ def load_windows(setup: Setup, supervisor: _Supervisor) -> list[LayerWindow]:
     return windows
 
 
-def serve(supervisor: _Supervisor) -> None:
-    """Set up, load, and serve until the ring ends. Raises HomeinferError."""
+def serve(supervisor: _Supervisor) -> NoReturn:
+    """Set up, load, and serve until stdin closes. Raises HomeinferError."""
     setup = msgspec.json.decode(supervisor.hear(), type=Setup)
     widest = max(spec.embedding_length for spec in setup.windows)
     rows = max(spec.n_batch for spec in setup.windows)
     prompt = max(spec.n_ctx for spec in setup.windows) * 4
     links = Links(setup.listen, setup.keys, max_bytes=max(rows * widest * 4, prompt) + _FRAME_SLACK)
     supervisor.say(Listening(links.address))
-    said = supervisor.hear()
-    if not said:  # the supervisor has gone already
-        links.close()
-        remove_sockets(setup.listen)
-        return
-    routes = msgspec.json.decode(said, type=Routes)
-    threading.Thread(target=supervisor.leave_with_it, args=(setup.listen,), daemon=True).start()
+    ordered: deque[Routes] = deque()
+    threading.Thread(target=supervisor.obey, args=(setup.listen, ordered, links), daemon=True).start()
     threading.Thread(target=supervisor.beat, daemon=True).start()
     windows = load_windows(setup, supervisor)
     gc.freeze()
     supervisor.say(Ready(windows[-1].n_vocab, all(w.can_shift for w in windows)))
-    Device(setup, windows, links, routes).run()
-    links.close()
+    Device(setup, windows, links, ordered, lambda epoch: supervisor.say(Joined(epoch))).run()
 
 
 def main() -> NoReturn:

@@ -16,6 +16,7 @@ import msgspec
 from homeinfer.cluster.engine_messages import (
     Failed,
     FromEngine,
+    Joined,
     Listening,
     Loading,
     Ready,
@@ -37,6 +38,8 @@ class EngineProcess:
         self.setup = setup
         self.address: str | None = None
         self.ready: Ready | None = None
+        self.joined: int | None = None
+        """The epoch of the last Routes that it follows."""
         self.share = 0.0
         self._failed: str | None = None
         self._heard = time.monotonic()
@@ -62,7 +65,7 @@ class EngineProcess:
         return self._process.pid
 
     def route(self, routes: Routes) -> None:
-        """Tell it where its messages go."""
+        """Tell it where its messages go from now on; `joined` says when it follows."""
         self._say(routes)
 
     def _say(self, message: Setup | Routes) -> None:
@@ -84,6 +87,8 @@ class EngineProcess:
                         self.share = share
                     case Ready() as ready:
                         self.ready = ready
+                    case Joined(epoch):
+                        self.joined = epoch
                     case Failed(message):
                         self._failed = message
 

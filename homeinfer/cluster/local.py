@@ -9,10 +9,11 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from homeinfer.cluster.engine_messages import Pace
 from homeinfer.cluster.ring import RingPipeline
 from homeinfer.cluster.ring_start import DeviceStart, RingStart, start_ring
 from homeinfer.engine.embedding import embedding_source
-from homeinfer.engine.window import WindowSpec
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.model.architectures import input_scale
 from homeinfer.model.header import Header
 from homeinfer.model.window_file import Progress, cut_windows, default_folder
@@ -93,7 +94,15 @@ def start_local_ring(
     specs = window_specs(header, split_layers(header, options.devices), options, on_cut)
     listen = "tcp://127.0.0.1:*" if options.network else ""
     devices = tuple(DeviceStart(f"device-{i}", (spec,), listen) for i, spec in enumerate(specs, 1))
-    ring = RingStart(devices, header.files[0].path, most_logits(header, options.n_batch), listen)
+    ring = RingStart(
+        devices,
+        vocabulary=header.files[0].path,
+        most_bytes=most_logits(header, options.n_batch),
+        head_listen=listen,
+        pace=Pace(
+            chunk=options.n_batch, ahead=1, groups=1
+        ),  # devices that share one machine win nothing by working at once
+    )
     return start_ring(ring, on_load)
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from homeinfer.cluster.local import RingOptions, window_spec
 from homeinfer.cluster.planning.plan import Prediction, Ring
-from homeinfer.engine.window import WindowSpec
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.model.header import Header
 from homeinfer.model.window_file import Progress, cut_windows
 from homeinfer.model.window_plan import n_layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -17,14 +16,13 @@ from homeinfer.cluster.wire.messages import (
     Message,
     Spent,
     Step,
-    Stop,
     Told,
     decode,
     encode,
     first_step,
     logits_of,
 )
-from homeinfer.cluster.wire.transport import Links, Peer, send
+from homeinfer.cluster.wire.transport import Links, Peer
 from homeinfer.engine.generate import Finish, Request
 from homeinfer.engine.pipeline import Batch, DeviceInfo, Floats, KvEdit
 from homeinfer.errors import HomeinferError
@@ -57,8 +55,6 @@ class RingPipeline:
     def __init__(self, shape: RingShape, links: Links, check: Callable[[], None], on_close: Callable[[], None]) -> None:
         self._shape = shape
         self._links = links
-        self._first = links.sender(shape.first)
-        self._last = links.sender(shape.last)
         self._check = check
         self._on_close = on_close
         self._step = 0
@@ -98,13 +94,20 @@ class RingPipeline:
         """Let the ring write an answer. Raises HomeinferError when a device can't or is gone."""
         self._step += 1
         ask = Ask(self._shape.epoch, self._step, 0, len(prompt), request, self.can_shift)
-        send(self._last, encode(ask, np.asarray(prompt, np.int32).tobytes()))
+        self._links.send(self._shape.last, encode(ask, np.asarray(prompt, np.int32).tobytes()))
+        try:
+            return self._follow(self._step, on_token, cancelled)
+        except BaseException:
+            self._cancel(self._step)  # whoever asked hears of it no more
+            raise
+
+    def _follow(self, step: int, on_token: Callable[[int], None], cancelled: Callable[[], bool]) -> Finish:
         is_cancelled = False
         while True:
             if not is_cancelled and cancelled():
                 is_cancelled = True
-                send(self._last, encode(Cancel(self._shape.epoch, self._step, 0)))
-            message = self._receive(self._step)
+                self._cancel(step)
+            message = self._receive(step)
             if message is None:
                 continue
             if isinstance(message[0], Finished):
@@ -113,17 +116,20 @@ class RingPipeline:
                 self.spent, self.choosing = message[0].spent, message[0].choosing
                 on_token(message[0].token)
 
+    def _cancel(self, step: int) -> None:
+        self._links.send(self._shape.last, encode(Cancel(self._shape.epoch, step, 0)))
+
     def forward(self, batch: Batch) -> Floats:
         """Once around the ring: float32 [wanted, n_vocab]. Raises HomeinferError when a device can't or is gone."""
         self._step += 1
-        send(self._first, encode(*first_step(self._shape.epoch, self._step, batch)))
+        self._links.send(self._shape.first, encode(*first_step(self._shape.epoch, self._step, batch)))
         message, rows = self._await(self._step)
         return logits_of(message, rows, int(np.count_nonzero(batch.wanted)), self.n_vocab)
 
     def edit(self, edits: Sequence[KvEdit]) -> None:
         """Once around the ring; returns when every window has done it. Raises HomeinferError."""
         self._step += 1
-        send(self._first, encode(Edits(self._shape.epoch, self._step, 0, tuple(edits))))
+        self._links.send(self._shape.first, encode(Edits(self._shape.epoch, self._step, 0, tuple(edits))))
         self._await(self._step)
 
     def _await(self, step: int) -> tuple[Message, memoryview]:
@@ -144,7 +150,7 @@ class RingPipeline:
             self._check()
             return None
         message, rows = decode(frames)
-        if message.epoch != self._shape.epoch or isinstance(message, Stop) or message.step != step:
+        if message.epoch != self._shape.epoch or message.step != step:
             return None
         if isinstance(message, Failure):
             raise HomeinferError(f"{message.device}: {message.message}")
@@ -155,7 +161,5 @@ class RingPipeline:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(HomeinferError):
-            send(self._first, encode(Stop(self._shape.epoch, 0, 0)))
         self._on_close()
         self._links.close()

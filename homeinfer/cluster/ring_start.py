@@ -11,12 +11,13 @@ from pathlib import Path
 
 import msgspec
 
-from homeinfer.cluster.engine_messages import Hop, Routes, Setup
+from homeinfer.cluster.engine_messages import Hop, Pace, Routes, Setup
 from homeinfer.cluster.engine_process import EngineProcess
+from homeinfer.cluster.planning.plan import Wire
 from homeinfer.cluster.ring import CHECK_MS, RingPipeline, RingShape
 from homeinfer.cluster.wire.transport import Keys, Links, Peer, has_ipc, new_keys
 from homeinfer.engine.pipeline import DeviceInfo
-from homeinfer.engine.window import WindowSpec
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 
 HEAD = "head"
@@ -43,13 +44,15 @@ class RingStart(msgspec.Struct, frozen=True):
     """A ring that is to be started.
 
     vocabulary: a file with the model's tokens. most_bytes: the largest message that the head may get. head_listen:
-    as a device's `listen`.
+    as a device's `listen`. wire: how hidden states go from device to device. pace: how the ring is fed.
     """
 
     devices: tuple[DeviceStart, ...]
     vocabulary: str
     most_bytes: int
     head_listen: str = ""
+    wire: Wire = "f32"
+    pace: Pace = Pace()
 
     @property
     def hops(self) -> list[tuple[int, int]]:
@@ -75,8 +78,11 @@ def start_ring(
         raise
 
 
-def routes(hops: Sequence[tuple[int, int]], peers: Sequence[Peer], head: Peer) -> list[Routes]:
+def routes(
+    hops: Sequence[tuple[int, int]], peers: Sequence[Peer], head: Peer, epoch: int = 0, pace: Pace | None = None
+) -> list[Routes]:
     """What each device (peers[i]) does with the messages of a ring whose windows are `hops`, (device, window)."""
+    allowed = tuple(key for key in (head.public, *(peer.public for peer in peers)) if key)
     n = len(hops)
     first, teller = hops[0][0], hops[-1][0]
     made = []
@@ -86,7 +92,8 @@ def routes(hops: Sequence[tuple[int, int]], peers: Sequence[Peer], head: Peer) -
             if owner == device:
                 following = hops[hop + 1][0] if hop + 1 < n else device
                 mine.append(Hop(hop, window, None if following == device else peers[following]))
-        made.append(Routes(tuple(mine), n, head, None if first == teller else peers[first]))
+        start = None if first == teller else peers[first]
+        made.append(Routes(epoch, tuple(mine), n, head, start, allowed, pace or Pace()))
     return made
 
 
@@ -126,12 +133,12 @@ class _Starter:
         for device in self._ring.devices:
             setup = Setup(
                 name=device.name,
-                epoch=self._epoch,
                 listen=self._listens[device.name],
                 windows=device.windows,
                 keys=self._keys_of(device.name),
                 vocabulary=self._ring.vocabulary,
                 stream_bytes=device.stream_bytes,
+                wire=self._ring.wire,
             )
             self._engines.append(EngineProcess(setup, device.launch, huge_pages=device.huge_pages))
 
@@ -140,9 +147,9 @@ class _Starter:
         peers = [Peer(e.address or "", self._keys[e.setup.name][0] or None) for e in self._engines]
         head = Peer(self._links.address, self._keys[HEAD][0] or None)
         hops = self._ring.hops
-        for engine, its in zip(self._engines, routes(hops, peers, head), strict=True):
+        for engine, its in zip(self._engines, routes(hops, peers, head, self._epoch, self._ring.pace), strict=True):
             engine.route(its)
-        self._wait(lambda engine: engine.ready is not None, on_load)
+        self._wait(lambda engine: engine.joined == self._epoch, on_load)
         ready = [engine.ready for engine in self._engines if engine.ready is not None]
         teller = hops[-1][0]
         last = self._ring.devices[teller].windows[hops[-1][1]]

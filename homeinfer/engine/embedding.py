@@ -6,13 +6,16 @@ llama_decode copies n_tokens x n_vocab logits that nobody computed: 0.5 GB for 5
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from homeinfer.errors import HomeinferError
-from homeinfer.model.architectures import rule_for
 from homeinfer.model.header import TYPE_SIZES, Header
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class EmbeddingSource(msgspec.Struct, frozen=True):
@@ -37,6 +40,10 @@ class EmbeddingSource(msgspec.Struct, frozen=True):
 
 def embedding_source(header: Header) -> EmbeddingSource:
     """The embedding matrix of a model. Raises HomeinferError for a model without."""
+    import numpy as np
+
+    from homeinfer.model.architectures import rule_for
+
     tensor = header.tensor("token_embd.weight")
     if tensor is None or len(tensor.shape) != 2:
         raise HomeinferError("the model has no token_embd.weight matrix")
@@ -48,6 +55,8 @@ def embedding_source(header: Header) -> EmbeddingSource:
 def map_rows(source: EmbeddingSource) -> npt.NDArray[np.uint8]:
     """The matrix, mapped: uint8 [n_rows, row_bytes], of which only the rows that are used are ever read.
     Raises HomeinferError when it is not inside the file."""
+    import numpy as np
+
     try:
         return np.memmap(source.path, np.uint8, "r", source.offset, (source.n_rows, source.row_bytes))
     except (OSError, ValueError) as problem:

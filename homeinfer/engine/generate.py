@@ -1,31 +1,35 @@
-"""The token loop, over anything that is a Pipeline: prompt tokens in, the answer's tokens out.
-
-It runs in the engine process that holds the last window, so that logits stay where they are made.
-"""
+"""What an answer is: how it is asked for, how it ends, and what of a memory serves it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
 
-from homeinfer.engine.pipeline import Batch, Floats, KvEdit, Pipeline, Remove, Shift
-from homeinfer.engine.sampling import Sampler, Sampling
-from homeinfer.engine.tokenizer import Vocabulary
+from homeinfer.engine.pipeline import KvEdit, Remove, Shift
+from homeinfer.engine.sampling import Sampling
+from homeinfer.errors import HomeinferError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Request(msgspec.Struct, frozen=True):
     """How to answer: at most `limit` tokens. A full context forgets the older half of what follows the first `keep`
-    tokens. fresh: nothing that is in memory may serve. ends: the tokens that end an answer."""
+    tokens. fresh: nothing that is in memory may serve. ends: the tokens that end an answer.
+
+    resumed: the last so many tokens of the prompt are the answer's own, told before the ring was made anew: they
+    count for `limit`, and the answer goes on as if it had never stopped. session: answers of one conversation share
+    it, and find each other's memory first.
+    """
 
     sampling: Sampling
     limit: Annotated[int, msgspec.Meta(ge=0)]
     keep: Annotated[int, msgspec.Meta(ge=0)] = 0
     fresh: bool = False
     ends: tuple[int, ...] = ()
+    resumed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    session: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -51,7 +55,7 @@ def plan_reuse(cached: Sequence[int], prompt: Sequence[int], can_edit: bool, seq
     The prompt's last token is always run, for its logits. Memories that can't be edited in part
     (can_edit False: recurrent ones) are kept only where the prompt continues them, else emptied.
     """
-    head = _common(cached, prompt)
+    head = common_start(cached, prompt)
     if not can_edit:
         if head == len(cached) < len(prompt):
             return Reuse((), head)
@@ -70,7 +74,8 @@ def plan_reuse(cached: Sequence[int], prompt: Sequence[int], can_edit: bool, seq
     return Reuse((Remove(sequence, kept),) if kept < len(cached) else (), kept)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
@@ -86,7 +91,7 @@ def _moved_tail(cached: Sequence[int], prompt: Sequence[int], head: int, least: 
         return 0, 0
     for gap in range(1, len(cached) - head - least + 1):
         if cached[head + gap] == probe[0] and list(cached[head + gap : head + gap + least]) == probe:
-            return gap, _common(cached[head + gap :], prompt[head:])
+            return gap, common_start(cached[head + gap :], prompt[head:])
     return 0, 0
 
 
@@ -100,101 +105,34 @@ def plan_shift(n_cached: int, n_keep: int, sequence: int = 0) -> tuple[tuple[KvE
     ), leave
 
 
-class TokenLoop:
-    """Answers prompts on one sequence of a pipeline, keeping in memory what the next prompt shares."""
+def plan_prefix(cached: Sequence[int], prompt: Sequence[int], can_edit: bool, most: int, sequence: int = 0) -> Reuse:
+    """What of another conversation's memory serves a prompt: the beginning that both share, `most` tokens of it."""
+    head = min(common_start(cached, prompt), most, len(prompt) - 1)
+    if head == len(cached):
+        return Reuse((), head)
+    return Reuse((Remove(sequence, head),), head) if can_edit else Reuse((Remove(sequence),), 0)
 
-    def __init__(self, pipeline: Pipeline, vocabulary: Vocabulary, sequence: int = 0) -> None:
-        self._pipeline = pipeline
-        self._vocabulary = vocabulary
-        self._sequence = sequence
-        self._cached: list[int] = []
-        self._is_stale = False
 
-    def forget(self) -> None:
-        """Let the next answer start from an empty memory: what is in it is not known, or not to be used."""
-        self._is_stale = True
+def resumed_context(prompt: Sequence[int], request: Request, n_ctx: int, can_shift: bool) -> tuple[list[int], int]:
+    """The tokens that were in the context when a resumed answer was interrupted, and how many had left it.
 
-    def run(
-        self,
-        prompt: Sequence[int],
-        request: Request,
-        on_token: Callable[[int], None],
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> Finish:
-        """Write an answer; on_token gets its tokens, and `cancelled` is asked between steps.
+    Raises HomeinferError for a prompt that is empty or does not fit the context.
+    """
+    n = len(prompt) - request.resumed
+    if not 0 < n < n_ctx:
+        raise HomeinferError(f"a prompt of {n} tokens does not fit a context of {n_ctx}")
+    context, shifted = list(prompt[:n]), 0
+    for token in prompt[n:]:
+        if len(context) >= n_ctx:
+            if not makes_room(request, n_ctx, can_shift):
+                raise HomeinferError(f"an answer of {request.resumed} tokens does not fit a context of {n_ctx}")
+            _, leave = plan_shift(len(context), request.keep)
+            del context[request.keep : request.keep + leave]
+            shifted += leave
+        context.append(token)
+    return context, shifted
 
-        Raises HomeinferError for a grammar that can't be read or followed, and when an engine fails.
-        """
-        if request.fresh and self._cached:
-            self.forget()
-        sampler = Sampler(request.sampling, self._vocabulary)
-        try:
-            sampler.remember(prompt)
-            reuse = self._prepare(prompt)
-            logits = self._prefill(prompt, reuse.kept, cancelled)
-            reason, shifted = self._decode(logits, sampler, request, on_token, cancelled)
-        except BaseException:
-            self.forget()  # how far the engines came is not known
-            raise
-        finally:
-            sampler.close()
-        return Finish(reason, reuse.kept, shifted)
 
-    def _prepare(self, prompt: Sequence[int]) -> Reuse:
-        if self._is_stale:
-            self._pipeline.edit((Remove(self._sequence),))
-            self._cached, self._is_stale = [], False
-        reuse = plan_reuse(self._cached, prompt, self._pipeline.can_shift, self._sequence)
-        if reuse.edits:
-            self._pipeline.edit(reuse.edits)
-        self._cached = list(prompt[: reuse.kept])
-        return reuse
-
-    def _prefill(self, prompt: Sequence[int], done: int, cancelled: Callable[[], bool]) -> Floats | None:
-        logits = None
-        for start in range(done, len(prompt), self._pipeline.n_batch):
-            if cancelled():
-                return None
-            chunk = prompt[start : start + self._pipeline.n_batch]
-            is_end = start + len(chunk) == len(prompt)
-            rows = self._forward(chunk, last_only=is_end)
-            logits = rows[0] if is_end else None
-        return logits
-
-    def _forward(self, tokens: Sequence[int], *, last_only: bool = True) -> Floats:
-        batch = Batch.of(tokens, len(self._cached), self._sequence, last_only=last_only)
-        self._cached.extend(tokens)
-        return self._pipeline.forward(batch)
-
-    def _decode(
-        self,
-        logits: Floats | None,
-        sampler: Sampler,
-        request: Request,
-        on_token: Callable[[int], None],
-        cancelled: Callable[[], bool],
-    ) -> tuple[FinishReason, int]:
-        written, shifted = 0, 0
-        while True:
-            if logits is None or cancelled():
-                return "cancelled", shifted
-            if written >= request.limit:
-                return "length", shifted
-            token = sampler.choose(logits)
-            if token in request.ends:
-                return "stop", shifted
-            on_token(token)
-            written += 1
-            if written == request.limit:
-                return "length", shifted
-            if len(self._cached) >= self._pipeline.n_ctx:
-                if not self._pipeline.can_shift or request.keep >= self._pipeline.n_ctx - 1:
-                    return "length", shifted
-                shifted += self._shift(request.keep)
-            logits = self._forward([token])[0]
-
-    def _shift(self, keep: int) -> int:
-        edits, leave = plan_shift(len(self._cached), keep, self._sequence)
-        self._pipeline.edit(edits)
-        del self._cached[keep : keep + leave]
-        return leave
+def makes_room(request: Request, n_ctx: int, can_shift: bool) -> bool:
+    """Whether a full context can forget a part of it."""
+    return can_shift and request.keep < n_ctx - 1

@@ -49,13 +49,13 @@ class Remove(msgspec.Struct, frozen=True, tag="remove"):
 
 
 class Keep(msgspec.Struct, frozen=True, tag="keep"):
-    """Forget every other sequence (llama_memory_seq_keep)."""
+    """Forget every other sequence."""
 
     sequence: int
 
 
 class Copy(msgspec.Struct, frozen=True, tag="copy"):
-    """Give positions [start, end) of `sequence` to `target` as well (llama_memory_seq_cp)."""
+    """Give all of `sequence` to `target` as well (llama_memory_seq_cp; of parts, [start, end), llama.cpp can't)."""
 
     sequence: int
     target: int

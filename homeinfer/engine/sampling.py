@@ -24,7 +24,8 @@ _RANDOM_SEED = 0xFFFFFFFF
 class Sampling(msgspec.Struct, frozen=True):
     """How tokens are chosen; llama.cpp's defaults. temperature 0: always the likeliest.
 
-    The same seed gives the same text however many devices there are: choosing happens once, on the head.
+    The same seed gives the same text however many devices there are: choosing happens once, on the head. Each token
+    takes one number of the seed's, so that an answer can go on elsewhere.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.8
@@ -90,28 +91,53 @@ class Sampler:
         likeliest = int(logits.argmax())  # of any that is not a number, the first
         if not np.isfinite(logits[likeliest]):
             raise HomeinferError("the model's output is not a number: the file may be damaged")
-        token = likeliest if self._is_greedy else self._apply(logits, with_grammar=False)
+        token = likeliest if self._is_greedy else self._chosen(logits)
         if self._grammar is not None and not self._grammar_allows(token):
-            token = self._apply(logits, with_grammar=True)
+            token = self._apply(self._chain, logits, with_grammar=True)
             if not self._grammar_allows(token):
                 raise HomeinferError("the grammar allows no further token")
+        self._accept(token)
+        return token
+
+    def _chosen(self, logits: Floats) -> int:
+        """Without the grammar; where there is one, on a copy, since what it refuses must not cost a draw."""
+        if self._grammar is None:
+            return self._apply(self._chain, logits, with_grammar=False)
+        copy = self._lib.llama_sampler_clone(self._chain)
+        token = self._apply(copy, logits, with_grammar=False)
+        if self._grammar_allows(token):
+            copy, self._chain = self._chain, copy
+        self._lib.llama_sampler_free(copy)
+        return token
+
+    def _accept(self, token: int) -> None:
         self._lib.llama_sampler_accept(self._chain, token)
         if self._grammar is not None:
             self._lib.llama_sampler_accept(self._grammar, token)
-        return token
+
+    def resume(self, told: Sequence[int]) -> None:
+        """Go on behind these tokens, which a sampler like this one has chosen. Raises HomeinferError for tokens that
+        the grammar does not allow."""
+        draws = self._lib.llama_sampler_chain_get(self._chain, self._lib.llama_sampler_chain_n(self._chain) - 1)
+        two = np.zeros(2, _CANDIDATE)
+        for token in told:
+            if self._grammar is not None and not self._grammar_allows(token):
+                raise HomeinferError("the grammar does not allow the answer that is to be resumed")
+            self._accept(token)
+            self._lib.llama_sampler_apply(draws, ctypes.byref(self._candidates(two)))
 
     def remember(self, prompt: Sequence[int]) -> None:
         """Let the repetition penalties know of the tokens before the answer."""
         for token in prompt[-self._repeat_last_n :] if self._repeat_last_n else ():
             self._lib.llama_sampler_accept(self._chain, token)
 
-    def _apply(self, logits: Floats, *, with_grammar: bool) -> int:
+    def _apply(self, chain: Any, logits: Floats, *, with_grammar: bool) -> int:
         self._buffer["id"] = self._ids
         self._buffer["logit"] = logits
         candidates = self._candidates(self._buffer)
         if with_grammar:
             self._lib.llama_sampler_apply(self._grammar, ctypes.byref(candidates))
-        self._lib.llama_sampler_apply(self._chain, ctypes.byref(candidates))
+        self._lib.llama_sampler_apply(chain, ctypes.byref(candidates))
         return int(candidates.data[candidates.selected].id)
 
     def _grammar_allows(self, token: int) -> bool:

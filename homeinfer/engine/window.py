@@ -6,14 +6,14 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from homeinfer import _native
 from homeinfer.engine import runtime
-from homeinfer.engine.embedding import EmbeddingSource, map_rows
+from homeinfer.engine.embedding import map_rows
 from homeinfer.engine.pipeline import Copy, Flags, Floats, Ints, Keep, KvEdit, Remove, Shift
 from homeinfer.engine.streaming import Streamer
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 from homeinfer.model.cut_rules import OUTPUT_KEY
 from homeinfer.model.ggml_types import TYPE_NUMBERS
@@ -26,33 +26,6 @@ _NO_NODE = "no node"
 
 _MROPE_TYPES = (8, 40)
 """LLAMA_ROPE_TYPE_MROPE and IMROPE: positions have four sections when hidden states come in."""
-
-
-class WindowSpec(msgspec.Struct, frozen=True):
-    """Everything a LayerWindow is made of.
-
-    path: a window file, or the model itself when the window is all of it (then tokens go in as they are).
-    first, last, n_layer: it holds layers [first, last) of n_layer; hidden states are embedding_length wide.
-    embedding: where the first window takes its rows from; input_scale: what hidden states are multiplied by
-    on the way in (the inverse of a scale in the graph).
-    resident: weights are read into memory and repacked for the CPU; otherwise the file is mapped.
-    gpu_layers: layers on a GPU where llama.cpp has one (-1: all). n_ctx: positions of one sequence.
-    """
-
-    path: str
-    first: int
-    last: int
-    n_layer: int
-    n_ctx: int
-    embedding_length: int
-    embedding: EmbeddingSource | None = None
-    input_scale: float = 1.0
-    resident: bool = True
-    gpu_layers: int = 0
-    n_batch: int = 512
-    n_seq: int = 1
-    n_threads: int = 2
-    flash_attention: bool = False
 
 
 class LayerWindow:
@@ -129,8 +102,8 @@ class LayerWindow:
         params.n_ctx = spec.n_ctx * spec.n_seq
         params.n_batch = params.n_ubatch = spec.n_batch
         params.n_seq_max = spec.n_seq
-        # one buffer for all sequences: any range can be copied between them, and batches keep their order
-        params.kv_unified = spec.n_seq > 1
+        # each sequence has a buffer of its own, so that its numbers do not depend on what else is in memory
+        params.kv_unified = False
         params.n_threads = params.n_threads_batch = spec.n_threads
         params.flash_attn_type = int(spec.flash_attention)
         params.no_perf = True
@@ -190,8 +163,10 @@ class LayerWindow:
     def forward(self, inputs: Ints | Floats, positions: Ints, sequences: Ints, wanted: Flags) -> Floats:
         """Run tokens (int32 [n], first window) or hidden states (float32 [n, n_embd]) through the layers.
 
-        Returns hidden states, float32 [n, n_embd], or from the last window the wanted rows' logits,
-        float32 [wanted, n_vocab]. Raises HomeinferError for what does not fit, and when llama_decode fails.
+        Tokens of one sequence, or one token each of neighbouring sequences in their order: llama.cpp would take others
+        apart (llama_batch_allocr::split_equal). Returns hidden states, float32 [n, n_embd], or from the last window the
+        wanted rows' logits, float32 [wanted, n_vocab]. Raises HomeinferError for what does not fit, and when
+        llama_decode fails.
         """
         kind = np.int32 if inputs.ndim == 1 else np.float32
         index = b"".join(
@@ -209,6 +184,8 @@ class LayerWindow:
         if self._runner is None:
             raise HomeinferError("the window is closed")
         try:
+            if self.spec.n_seq > 1:
+                check_sequences(n, index)
             status, out, microseconds = _native.runner_forward(self._runner, n, index, rows)
         except ValueError as problem:
             self._after_graph()
@@ -234,7 +211,8 @@ class LayerWindow:
                     if not self._lib.llama_memory_seq_rm(self._memory, sequence, start, end):
                         raise HomeinferError("this model's memory can't forget a part of a sequence")
                 case Keep(sequence):
-                    self._lib.llama_memory_seq_keep(self._memory, sequence)
+                    for other in set(range(self.spec.n_seq)) - {sequence}:  # llama_memory_seq_keep leaves their buffers
+                        self._lib.llama_memory_seq_rm(self._memory, other, 0, -1)
                 case Copy(sequence, target, start, end):
                     self._lib.llama_memory_seq_cp(self._memory, sequence, target, start, end)
                 case Shift(sequence, start, end, delta):
@@ -265,10 +243,22 @@ def check_edit(edit: KvEdit, n_seq: int, n_ctx: int) -> None:
     named = (edit.sequence, edit.target) if isinstance(edit, Copy) else (edit.sequence,)
     if not all(0 <= sequence < n_seq for sequence in named):
         raise HomeinferError(f"a change of sequence {max(named, key=abs)}, where there are {n_seq}")
+    if isinstance(edit, Copy) and (edit.start, edit.end) != (0, -1):
+        raise HomeinferError("only a whole sequence can be copied to another one")
     positions = () if isinstance(edit, Keep) else (edit.start, edit.end)
     delta = edit.delta if isinstance(edit, Shift) else 0
     if not all(-1 <= position <= n_ctx for position in positions) or abs(delta) > n_ctx:
         raise HomeinferError(f"a change of positions outside the context of {n_ctx}")
+
+
+def check_sequences(n: int, index: bytes) -> None:
+    """Raises ValueError unless a batch has tokens of one sequence, or one each of neighbouring ones in order.
+    index: as forward_bytes takes it; one that is too short is the runner's to refuse."""
+    if len(index) < 8 * n:
+        return
+    steps = np.diff(np.frombuffer(index, np.int32, n, 4 * n))
+    if steps.any() and not (steps == 1).all():
+        raise ValueError("a batch of several sequences must have one token each of neighbouring ones, in order")
 
 
 def check_batch_layout() -> None:

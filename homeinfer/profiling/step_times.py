@@ -11,7 +11,8 @@ import psutil
 
 from homeinfer.engine.pipeline import Remove
 from homeinfer.engine.streaming import SUPPORTED, Streamer
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.engine.window import LayerWindow
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.profiling.slices import Slices
 from homeinfer.profiling.timing_messages import Timed, TimeWindow
 

@@ -7,7 +7,8 @@ import time
 import numpy as np
 
 from homeinfer.engine.streaming import SUPPORTED, Streamer
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.engine.window import LayerWindow
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.profiling.timing_messages import TimeStream
 
 _AHEAD = 32 << 20

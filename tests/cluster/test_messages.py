@@ -24,7 +24,6 @@ from homeinfer.cluster.wire.messages import (
     Message,
     Spent,
     Step,
-    Stop,
     Told,
     decode,
     encode,
@@ -69,7 +68,6 @@ messages: st.SearchStrategy[Message] = st.one_of(
     ),
     st.builds(Edits, epochs, counts, counts, st.lists(edits, max_size=4).map(tuple)),
     st.builds(Failure, epochs, counts, counts, st.text(), st.text()),
-    st.builds(Stop, epochs, counts, counts),
     st.builds(Ask, epochs, counts, counts, counts, requests, st.booleans()),
     st.builds(Cancel, epochs, counts, counts),
     st.builds(Told, epochs, counts, counts, counts, spents, times),
@@ -94,10 +92,10 @@ def test_a_message_comes_back_as_it_was(message: Message, rows: bytes) -> None:
 @pytest.mark.parametrize("n", [0, 1, 16384, 16385, 300_000])
 def test_rows_come_back_as_they_were_and_aligned(n: int) -> None:
     rows = np.arange(n, dtype=np.float32)
-    frames = encode(Stop(1, 2, 3), rows)
+    frames = encode(Cancel(1, 2, 3), rows)
     assert is_split(bytes(frames[0])) == (len(frames) == 2) == (rows.nbytes > 65536)
     message, got = decode([bytes(frame) for frame in frames])
-    assert message == Stop(1, 2, 3)
+    assert message == Cancel(1, 2, 3)
     assert np.array_equal(np.frombuffer(got, np.float32), rows)
     if len(frames) == 1:
         assert (len(frames[0]) - rows.nbytes) % 16 == 0
@@ -130,7 +128,7 @@ def test_a_changed_message_is_read_or_refused(message: Message, data: st.DataObj
 @example([])
 @example([b""])
 @example([framed(b"\x96\xa7failure\x01\x01\x01\xa2\xff\xfe\xa1x")])
-@example([framed(b"\x95\xa4stop\x01\x01\x01" + b"\x91" * 5000)])
+@example([framed(b"\x95\xa6cancel\x01\x01\x01" + b"\x91" * 5000)])
 def test_random_frames_are_read_or_refused(frames: list[bytes]) -> None:
     readable_or_refused(frames)
 
@@ -138,9 +136,9 @@ def test_random_frames_are_read_or_refused(frames: list[bytes]) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        ["stop", 1, 2, -1],
-        ["stop", 1, 2, (1 << 20) + 1],
-        ["stop", 1, 2],
+        ["cancel", 1, 2, -1],
+        ["cancel", 1, 2, (1 << 20) + 1],
+        ["cancel", 1, 2],
         ["step", 1, 2, 3, 1 << 40, 0, b""],
         ["step", 1, 2, 3, 1, 0, "text"],
         ["edits", 1, 2, 3, [{"type": "explode"}]],
@@ -148,7 +146,7 @@ def test_random_frames_are_read_or_refused(frames: list[bytes]) -> None:
         ["ask", 1, 2, 0, 3, {"sampling": {}, "limit": -1}, True],
         ["ask", 1, 2, 0, 3, {"sampling": {"temperature": -1}, "limit": 1}, True],
         ["told", 1, 2, 0, -1, [], 0.0],
-        {"type": "stop"},
+        {"type": "cancel"},
     ],
     ids=str,
 )

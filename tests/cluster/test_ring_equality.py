@@ -135,14 +135,14 @@ def several_sequences(forward: Callable[[Batch], Floats], edit: Callable[[list[K
     rng = np.random.default_rng(5)
     tokens = rng.integers(100, 40_000, 64).astype(np.int32)
     rows = [forward(Batch.of(tokens[:24].tolist(), 0))]
-    edit([Remove(0, 8, 16), Shift(0, 16, 24, -8), Copy(0, 1), Copy(0, 2, 0, 10)])
-    rows.append(
-        forward(mixed(tokens[24:35], [16, 17, 16, 17, 18, 10, 11, 12, 13, 14, 15], [0] * 2 + [1] * 3 + [2] * 6))
-    )
+    edit([Remove(0, 8, 16), Shift(0, 16, 24, -8), Copy(0, 1), Copy(0, 2)])
+    for sequence, first, n in ((0, 24, 2), (1, 26, 3), (2, 29, 6)):
+        rows.append(forward(mixed(tokens[first : first + n], list(range(16, 16 + n)), [sequence] * n)))
     edit([Remove(2, 12)])
     rows.append(forward(mixed(tokens[35:38], [18, 19, 12], [0, 1, 2])))
     edit([Remove(1, 17), Keep(1)])
-    rows.append(forward(mixed(tokens[38:42], [17, 18, 19, 0], [1, 1, 1, 0])))
+    rows.append(forward(mixed(tokens[38:41], [17, 18, 19], [1, 1, 1])))
+    rows.append(forward(mixed(tokens[41:43], [20, 0], [1, 2])))
     return np.concatenate(rows)
 
 
@@ -165,7 +165,7 @@ def test_several_sequences_and_edits_give_the_logits_of_one_window(smollm2: Head
         )
     with closing(start_local_ring(smollm2, options)) as ring:
         got = several_sequences(ring.forward, ring.edit)
-    assert got.shape == (1 + 11 + 3 + 4, 49_152)
+    assert got.shape == (1 + 11 + 3 + 3 + 2, 49_152)
     assert np.array_equal(got, expected)
 
 

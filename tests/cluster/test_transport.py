@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from homeinfer.cluster.wire.messages import Stop, decode, encode
+from homeinfer.cluster.wire.messages import Cancel, decode, encode
 from homeinfer.cluster.wire.transport import Keys, Links, Peer, new_keys, send
 from homeinfer.errors import HomeinferError
 
@@ -37,38 +38,38 @@ def listener(friend: tuple[str, str]) -> Iterator[tuple[Links, Peer]]:
 def test_known_keys_get_through(listener: tuple[Links, Peer], friend: tuple[str, str]) -> None:
     links, peer = listener
     with closing(Links(ANYWHERE, keys(friend))) as other:
-        send(other.sender(peer), encode(Stop(1, 2, 3), b"rows"))
+        send(other.sender(peer), encode(Cancel(1, 2, 3), b"rows"))
         message, rows = decode(links.receive() or [])
-    assert message == Stop(1, 2, 3)
+    assert message == Cancel(1, 2, 3)
     assert bytes(rows) == b"rows"
 
 
 def test_an_unknown_key_gets_nothing_through(listener: tuple[Links, Peer], friend: tuple[str, str]) -> None:
     links, peer = listener
     with closing(Links(ANYWHERE, keys(new_keys()))) as stranger:
-        send(stranger.sender(peer), encode(Stop(1, 2, 3)))
+        send(stranger.sender(peer), encode(Cancel(1, 2, 3)))
         assert links.receive() is None
         with closing(Links(ANYWHERE, keys(friend))) as other:
-            send(other.sender(peer), encode(Stop(4, 5, 6)))
-            assert decode(links.receive() or [])[0] == Stop(4, 5, 6)
+            send(other.sender(peer), encode(Cancel(4, 5, 6)))
+            assert decode(links.receive() or [])[0] == Cancel(4, 5, 6)
         assert links.receive() is None
 
 
 def test_a_listener_with_another_key_gets_nothing(listener: tuple[Links, Peer], friend: tuple[str, str]) -> None:
     links, peer = listener
     with closing(Links(ANYWHERE, keys(friend))) as other:
-        send(other.sender(Peer(peer.address, new_keys()[0])), encode(Stop(1, 2, 3)))
+        send(other.sender(Peer(peer.address, new_keys()[0])), encode(Cancel(1, 2, 3)))
         assert links.receive() is None
 
 
 def test_a_frame_that_is_too_long_is_cut_off(listener: tuple[Links, Peer], friend: tuple[str, str]) -> None:
     links, peer = listener
     with closing(Links(ANYWHERE, keys(friend))) as other:
-        send(other.sender(peer), encode(Stop(1, 2, 3), bytes(1001)))
+        send(other.sender(peer), encode(Cancel(1, 2, 3), bytes(1001)))
         assert links.receive() is None
     with closing(Links(ANYWHERE, keys(friend))) as other:
-        send(other.sender(peer), encode(Stop(4, 5, 6), bytes(800)))
-        assert decode(links.receive() or [])[0] == Stop(4, 5, 6)
+        send(other.sender(peer), encode(Cancel(4, 5, 6), bytes(800)))
+        assert decode(links.receive() or [])[0] == Cancel(4, 5, 6)
 
 
 def test_the_network_without_keys_is_refused() -> None:
@@ -99,8 +100,44 @@ def test_rows_of_any_size_pass_through_a_file_socket(size: int, temp_folder: Pat
         closing(Links(f"ipc://{temp_folder}/b")) as sender,
     ):
         for step in range(3):
-            send(sender.sender(Peer(receiver.address)), encode(Stop(1, step, 0), rows))
+            send(sender.sender(Peer(receiver.address)), encode(Cancel(1, step, 0), rows))
         for step in range(3):
             message, got = decode(receiver.receive() or [])
-            assert message == Stop(1, step, 0)
+            assert message == Cancel(1, step, 0)
             assert bytes(got) == rows
+
+
+def test_whoever_is_allowed_later_gets_through_without_anybody_waiting(listener: tuple[Links, Peer]) -> None:
+    links, peer = listener
+    late = new_keys()
+    with closing(Links(ANYWHERE, keys(late))) as other:
+        for _ in range(5):
+            other.send(peer, encode(Cancel(1, 2, 3)))
+            assert links.receive() is None
+        links.allow([late[0]])
+        for step in range(20):
+            other.send(peer, encode(Cancel(4, step, 6)))
+            if (frames := links.receive()) is not None:
+                break
+        assert frames is not None
+        assert decode(frames)[0].epoch == 4
+
+
+def test_a_connection_that_was_allowed_once_is_not_heard_any_more(
+    listener: tuple[Links, Peer], friend: tuple[str, str]
+) -> None:
+    links, peer = listener
+    with closing(Links(ANYWHERE, keys(friend))) as other:
+        other.send(peer, encode(Cancel(1, 2, 3)))
+        assert links.receive() is not None
+        links.allow([])
+        other.send(peer, encode(Cancel(4, 5, 6)))
+        assert links.receive() is None
+
+
+def test_a_receiver_that_waits_for_ever_can_be_woken(temp_folder: Path) -> None:
+    with closing(Links(f"ipc://{temp_folder}/a")) as links:
+        thread = Thread(target=links.wake)
+        thread.start()
+        assert links.receive() is None
+        thread.join()

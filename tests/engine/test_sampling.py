@@ -149,3 +149,40 @@ def test_a_row_without_any_possible_token_is_refused(tokenizer: Tokenizer) -> No
 def test_a_row_of_another_vocabulary_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(HomeinferError, match=rf"^32 logits for a vocabulary of {tokenizer.n_vocab} tokens$"):
         chosen(Sampling(), tokenizer, [np.zeros(32, np.float32)])
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0),
+        Sampling(temperature=1.0, seed=5),
+        Sampling(temperature=1.5, seed=6, top_k=0, repeat_penalty=1.4, frequency_penalty=0.5, repeat_last_n=7),
+        Sampling(temperature=1.5, seed=7, grammar='root ::= (" "? [a-z]+)+'),
+        Sampling(temperature=1.2, seed=8, top_k=1),
+    ],
+    ids=["greedy", "drawn", "penalties", "grammar", "one candidate"],
+)
+@pytest.mark.parametrize("told", [0, 1, 9])
+def test_a_resumed_sampler_chooses_as_one_that_never_stopped(
+    told: int, sampling: Sampling, tokenizer: Tokenizer, logits: list[Floats]
+) -> None:
+    prompt, rows = [5, 6, 7], [logits[i % len(logits)] for i in range(16)]
+
+    def sampler() -> Sampler:
+        made = Sampler(sampling, tokenizer)
+        made.remember(prompt)
+        return made
+
+    with closing(sampler()) as whole, closing(sampler()) as resumed:
+        expected = [whole.choose(row) for row in rows]
+        resumed.resume(expected[:told])
+        assert [resumed.choose(row) for row in rows[told:]] == expected[told:]
+
+
+def test_an_answer_that_its_grammar_does_not_allow_is_not_resumed(tokenizer: Tokenizer) -> None:
+    (digit,) = tokenizer.encode("7", special=False)
+    with (
+        closing(Sampler(Sampling(grammar="root ::= [a-z]+"), tokenizer)) as sampler,
+        pytest.raises(HomeinferError, match="the grammar does not allow the answer that is to be resumed"),
+    ):
+        sampler.resume([digit])

@@ -15,7 +15,8 @@ import pytest
 from homeinfer.engine import streaming
 from homeinfer.engine.pipeline import Batch, Flags, Floats, Ints, Remove
 from homeinfer.engine.streaming import Span, Streamer, StreamGroup, least_buffer, stream_groups
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.engine.window import LayerWindow
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, HeaderFile, MetaValue, TensorInfo, ValueType, read_header
 from tests.support.tiny_models import make_tiny_models
@@ -73,13 +74,14 @@ def specs_of(header: Header, cuts: Sequence[int], folder: Path) -> list[WindowSp
 
 
 def answers(windows: Sequence[LayerWindow], n_vocab: int = 10_000) -> Floats:
-    """Logits after a prefill in two chunks, of a batch of two sequences that llama.cpp runs in two parts, and of some
-    decode steps."""
+    """Logits after a prefill in two chunks, of a batch of two sequences, and of some decode steps."""
     tokens = np.random.default_rng(3).integers(0, n_vocab, 60).tolist()
-    first, second = Batch.of(tokens[20:40], 20), Batch.of(tokens[40:45], 0, 1)
-    uneven = Batch(*(np.concatenate([getattr(first, f), getattr(second, f)]) for f in Batch.__struct_fields__))
-    assert forward(windows, Batch.of(tokens[:20], 0, last_only=False)).size == 0
-    rows = [forward(windows, uneven), *(forward(windows, Batch.of([t], 40 + i)) for i, t in enumerate(tokens[50:]))]
+    first, second = Batch.of(tokens[39:40], 39), Batch.of(tokens[45:46], 5, 1)
+    both = Batch(*(np.concatenate([getattr(first, f), getattr(second, f)]) for f in Batch.__struct_fields__))
+    for chunk in (Batch.of(tokens[:20], 0, last_only=False), Batch.of(tokens[20:39], 20, last_only=False)):
+        assert forward(windows, chunk).size == 0
+    rows = [forward(windows, Batch.of(tokens[40:45], 0, 1)), forward(windows, both)]
+    rows += [forward(windows, Batch.of([t], 40 + i)) for i, t in enumerate(tokens[50:])]
     return np.concatenate(rows)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from homeinfer.engine.pipeline import Batch, Copy, Floats, Ints, Keep, KvEdit, Remove, Shift
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.engine.window import LayerWindow
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
 from tests.support.windows import forward, windows_of
@@ -65,7 +66,10 @@ def still_works(window: LayerWindow) -> None:
         (ints(1), ints(-1), ints(0), ints(1), "a position is outside the context"),
         (ints(1), ints(2**31 - 1), ints(0), ints(1), "a position is outside the context"),
         (ints(1), ints(0), ints(-1), ints(1), "a sequence is outside"),
-        (ints(1, 2), ints(0, 0), ints(0, 3), ints(1, 1), "a sequence is outside"),
+        (ints(1), ints(0), ints(3), ints(1), "a sequence is outside"),
+        (ints(1, 2), ints(0, 0), ints(0, 2), ints(1, 1), "a batch of several sequences must have"),
+        (ints(1, 2), ints(0, 0), ints(1, 0), ints(1, 1), "a batch of several sequences must have"),
+        (ints(1, 2, 3), ints(0, 1, 0), ints(0, 0, 1), ints(1, 1, 1), "a batch of several sequences must have"),
         (ints(-1), ints(0), ints(0), ints(1), "a token is outside the vocabulary"),
         (ints(5, N_VOCAB), ints(0, 1), ints(0, 0), ints(0, 1), "a token is outside the vocabulary"),
         (ints(), ints(), ints(), ints(), "the batch does not fit"),

@@ -15,7 +15,8 @@ import gguf
 import numpy as np
 import pytest
 
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.engine.window import LayerWindow
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_file import ALIGNMENT, cut_windows, default_folder, missing_bytes, window_path

@@ -19,7 +19,8 @@ import numpy as np
 
 from homeinfer.engine.embedding import embedding_source
 from homeinfer.engine.pipeline import Batch, Floats
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.engine.window import LayerWindow
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 from homeinfer.model.architectures import input_scale, is_exact
 from homeinfer.model.cut_rules import n_layers

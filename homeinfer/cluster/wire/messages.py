@@ -28,11 +28,12 @@ class Spent(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """n tokens on their way: hop is the window they are for.
+    """n tokens on their way: hop is the window they are for. step: negative numbers, downwards, are the steps of the
+    engine that writes answers, positive ones, upwards, the head's own; one that is not new is dropped.
 
     index: positions and sequences (int32 [n] each), then wanted (uint8 [n]). Its rows: tokens (int32 [n],
-    width 0), hidden states (float32 [n, width]) or, behind the last window, logits (float32 [wanted, width]).
-    spent: one entry for each window it has passed.
+    width 0), hidden states (n rows of width numbers, homeinfer.cluster.wire.rows) or, behind the last window, logits
+    (float32 [wanted, width]). spent: one entry for each window it has passed.
     """
 
     epoch: int
@@ -66,6 +67,15 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     hop: _Count
 
 
+class Prefilled(msgspec.Struct, frozen=True, array_like=True, tag="prefilled"):
+    """So many tokens of the prompt of `step` have gone through all windows, what was in memory included."""
+
+    epoch: int
+    step: int
+    hop: _Count
+    done: _Count
+
+
 class Told(msgspec.Struct, frozen=True, array_like=True, tag="told"):
     """One token of the answer to `step`. spent: what it cost each window; choosing: microseconds of the sampler."""
 
@@ -96,24 +106,18 @@ class Edits(msgspec.Struct, frozen=True, array_like=True, tag="edits"):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure"):
-    """A step that a device could not do; it goes on around the ring to the head."""
+    """A step that a device could not do; it goes on around the ring to where it came from. culprit: the number of the
+    window whose output was at fault, where that is known."""
 
     epoch: int
     step: int
     hop: _Count
     device: str
     message: str
+    culprit: int | None = None
 
 
-class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
-    """The ring ends: each device passes it on and leaves."""
-
-    epoch: int
-    step: int
-    hop: _Count
-
-
-Message = Step | Edits | Ask | Cancel | Told | Finished | Failure | Stop
+Message = Step | Edits | Ask | Cancel | Prefilled | Told | Finished | Failure
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 

@@ -3,36 +3,18 @@ can open, between machines every socket is CURVE with known keys."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-import msgspec
 import zmq
 import zmq.auth.thread
 
+from homeinfer.cluster.wire.keepalive import keep_alive
 from homeinfer.cluster.wire.messages import is_split
+from homeinfer.cluster.wire.peers import Keys, Peer, new_keys
 from homeinfer.errors import HomeinferError
-
-
-class Keys(msgspec.Struct, frozen=True):
-    """A device's CURVE key pair, Z85 text, and the public keys that may send to it."""
-
-    public: str
-    secret: str
-    allowed: tuple[str, ...]
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """Where to send: an address, and for tcp the receiver's public key."""
-
-    address: str
-    public: str | None = None
-
-
-def new_keys() -> tuple[str, str]:
-    """A fresh CURVE key pair: (public, secret)."""
-    public, secret = zmq.curve_keypair()
-    return public.decode(), secret.decode()
 
 
 def has_ipc() -> bool:
@@ -40,23 +22,42 @@ def has_ipc() -> bool:
     return bool(zmq.has("ipc")) and sys.platform != "win32"
 
 
+__all__ = ["Keys", "Links", "Peer", "has_ipc", "new_keys", "send"]
 _ZERO_COPY = 1 << 20
 """Sending without a copy wakes a thread of pyzmq's when the message has left, 0.4 ms: worth it from here on."""
+_HANDSHAKE_MS = 5000
+_MOST_QUEUED = 64
+"""Messages of one sender that wait here; further ones wait on its side."""
+_MOST_PARTS = 2
 
 
-def send(socket: zmq.Socket[bytes], frames: list[Any]) -> None:
-    """Queue a message of one or two frames; a large second one must not change until it has left."""
+def send(socket: zmq.Socket[bytes], frames: list[Any], flags: int = 0) -> None:
+    """Queue a message of one or two frames; a large second one must not change until it has left.
+
+    Waits where the other end refused the connection; with zmq.NOBLOCK raises zmq.Again there.
+    """
     if len(frames) == 1:
-        socket.send(frames[0])
+        socket.send(frames[0], flags)
     else:
-        socket.send(frames[0], zmq.SNDMORE)
-        socket.send(frames[1], copy=frames[1].nbytes < _ZERO_COPY)
+        socket.send(frames[0], zmq.SNDMORE | flags)
+        socket.send(frames[1], flags, copy=frames[1].nbytes < _ZERO_COPY)
 
 
 class Links:
-    """One process's end of the ring: a socket to receive on, and one for each device to send to."""
+    """One process's end of the ring: a socket to receive on, and one for each device to send to.
 
-    def __init__(self, listen: str, keys: Keys | None = None, *, max_bytes: int = -1, patience_ms: int = -1) -> None:
+    For one thread, but for `wake`, which is for one other thread.
+    """
+
+    def __init__(
+        self,
+        listen: str,
+        keys: Keys | None = None,
+        *,
+        max_bytes: int = -1,
+        patience_ms: int = -1,
+        most_queued: int = _MOST_QUEUED,
+    ) -> None:
         """Listen at `ipc://FILE` or `tcp://HOST:PORT` (port * for a free one).
 
         A peer that sends a frame of more than max_bytes is cut off; receive waits patience_ms (-1: for ever).
@@ -65,13 +66,20 @@ class Links:
         self._context = zmq.Context()
         self._keys = keys
         self._senders: dict[Peer, zmq.Socket[bytes]] = {}
+        self._waker: zmq.Socket[bytes] | None = None
         self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
+        self._allowed = _Allowed(keys.allowed if keys else ())
+        self._is_file = listen.startswith("ipc://")
         self._receiver: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._receiver.maxmsgsize = max_bytes
         self._receiver.rcvtimeo = patience_ms
+        self._receiver.rcvhwm = most_queued
+        self._receiver.handshake_ivl = _HANDSHAKE_MS
+        self._wake_address = f"inproc://wake-{id(self)}"
         try:
             self._secure(listen, self._receiver)
-            self._receiver.bind(listen)
+            self._receiver.bind(self._wake_address)
+            self._bind(listen)
         except HomeinferError:
             self.close()
             raise
@@ -81,57 +89,121 @@ class Links:
         self.address = self._receiver.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _secure(self, listen: str, receiver: zmq.Socket[bytes]) -> None:
-        if listen.startswith("ipc://"):
+        if self._is_file:
             return
         if self._keys is None:
             raise HomeinferError(f"{listen} would listen in the clear: a ring over a network needs keys")
         self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback("ring", credentials_provider=_Allowed(self._keys.allowed))
+        self._authenticator.configure_curve_callback("ring", credentials_provider=self._allowed)
         receiver.curve_server = True
         receiver.curve_publickey = self._keys.public.encode()
         receiver.curve_secretkey = self._keys.secret.encode()
         receiver.zap_domain = b"ring"
 
+    def _bind(self, listen: str) -> None:
+        self._receiver.ipv6 = "[" in listen or "//*" in listen
+        try:
+            self._receiver.bind(listen)
+        except zmq.ZMQError:
+            if "[" in listen or not self._receiver.ipv6:
+                raise
+            self._receiver.ipv6 = False  # a system without IPv6
+            self._receiver.bind(listen)
+
+    def allow(self, keys: Iterable[str]) -> None:
+        """From now on only these public keys may send; what others sent already is dropped unread."""
+        self._allowed.keys = frozenset(keys)
+
     def sender(self, peer: Peer) -> zmq.Socket[bytes]:
         """The socket to a peer, for `send`. Raises HomeinferError for a network address without its key."""
         if peer not in self._senders:
-            is_file = peer.address.startswith("ipc://")
-            if not is_file and (self._keys is None or peer.public is None):
-                raise HomeinferError(f"{peer.address} would be reached in the clear: a ring needs keys there")
-            sender: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
-            sender.linger = 1000
+            self._senders[peer] = self._connected(peer)
+        return self._senders[peer]
+
+    def _connected(self, peer: Peer) -> zmq.Socket[bytes]:
+        is_file = peer.address.startswith("ipc://")
+        if not is_file and (self._keys is None or peer.public is None):
+            raise HomeinferError(f"{peer.address} would be reached in the clear: a ring needs keys there")
+        sender: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+        sender.linger = 1000
+        sender.sndhwm = 0  # what is sent is bounded by what this device has under way: sending must never wait
+        try:
             if not is_file and self._keys is not None and peer.public is not None:
                 sender.curve_serverkey = peer.public.encode()
                 sender.curve_publickey = self._keys.public.encode()
                 sender.curve_secretkey = self._keys.secret.encode()
+                keep_alive(sender)
+                sender.ipv6 = True
             sender.connect(peer.address)
-            self._senders[peer] = sender
-        return self._senders[peer]
+        except zmq.ZMQError as problem:
+            sender.close(linger=0)
+            raise HomeinferError(f"{peer.address} can't be reached: {problem.strerror}") from problem
+        return sender
+
+    def send(self, peer: Peer, frames: list[Any]) -> None:
+        """Queue a message for a peer. Never waits: a connection that the peer refused is made anew for it.
+
+        Raises HomeinferError for a network address without its key.
+        """
+        try:
+            send(self.sender(peer), frames, zmq.NOBLOCK)
+        except zmq.Again:
+            self._senders.pop(peer).close(linger=0)
+            with contextlib.suppress(zmq.Again):
+                send(self.sender(peer), frames, zmq.NOBLOCK)
+
+    def drop_senders(self) -> None:
+        """Forget all connections to others, and what still waits to be sent; the next message makes new ones."""
+        for sender in self._senders.values():
+            sender.close(linger=0)
+        self._senders.clear()
 
     def receive(self) -> list[Any] | None:
-        """The next message's frames, or None when none came within `patience_ms`."""
+        """The next message's frames, or None when none came within `patience_ms`, or this end was woken."""
         return self._receive(0)
 
     def receive_now(self) -> list[Any] | None:
         """The next message's frames if it is here already, or None."""
         return self._receive(zmq.NOBLOCK)
 
+    def wake(self) -> None:
+        """Let a `receive` of another thread return None, now or when it is next called."""
+        if self._waker is None:
+            self._waker = self._context.socket(zmq.PUSH)
+            self._waker.connect(self._wake_address)
+        self._waker.send(b"")
+
     def _receive(self, flags: int) -> list[Any] | None:
         try:
-            first = self._receiver.recv(flags)
+            if self._is_file:
+                first: Any = self._receiver.recv(flags)
+                more = is_split(first)
+            else:
+                frame = self._receiver.recv(flags, copy=False)
+                first, more = frame.buffer if self._may_send(frame) else b"", frame.more
         except zmq.Again:
             return None
-        if not is_split(first):
-            return [first]
         frames: list[Any] = [first]
-        while self._receiver.getsockopt(zmq.RCVMORE):
-            frames.append(self._receiver.recv(copy=False).buffer)
-        return frames
+        while more:
+            part = self._receiver.recv(copy=False)
+            more = part.more
+            if len(frames) < _MOST_PARTS:
+                frames.append(part.buffer)
+        return frames if len(first) else None
+
+    def _may_send(self, frame: zmq.Frame) -> bool:
+        """Whether a message is from someone who may send: a connection outlives the permission it was made with."""
+        try:
+            return frame.get("User-Id") in self._allowed.keys
+        except zmq.ZMQError:
+            return False
 
     def close(self) -> None:
         """Close all sockets; what was queued still leaves, within a second."""
         self._receiver.close(linger=0)
+        if self._waker is not None:
+            self._waker.close(linger=0)
         for sender in self._senders.values():
             sender.close()
         if self._authenticator is not None:
@@ -140,9 +212,9 @@ class Links:
 
 
 class _Allowed:
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._keys = frozenset(key.encode() for key in keys)
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.keys = frozenset(keys)
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Whether the client with this key (Z85) may send: zmq.auth's credentials provider."""
-        return key in self._keys
+        return key.decode("ascii", "replace") in self.keys

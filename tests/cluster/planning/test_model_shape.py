@@ -13,7 +13,8 @@ from homeinfer.cluster.planning.model_shape import model_shape
 from homeinfer.cluster.planning.plan import Workload
 from homeinfer.cluster.planning.scratch import cells
 from homeinfer.engine import runtime
-from homeinfer.engine.window import LayerWindow, WindowSpec
+from homeinfer.engine.window import LayerWindow
+from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 from homeinfer.model.cut_rules import n_layers
 from homeinfer.model.header import read_header

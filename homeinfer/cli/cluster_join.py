@@ -1,0 +1,140 @@
+"""`homeinfer cluster join`: this machine's agent, and what it is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import typer
+from rich.text import Text
+
+from homeinfer.cli.cluster_changes import Pace
+from homeinfer.cli.cluster_device_view import Part, after, is_problem, line_of, part_view, tasks_of
+from homeinfer.cli.cluster_leave import joined
+from homeinfer.cli.cluster_live import Screen
+from homeinfer.cli.cluster_up import end_task, signals_as_stop
+from homeinfer.cluster.agent import Agent
+from homeinfer.cluster.agent_options import AgentEvent, AgentOptions, Working
+from homeinfer.cluster.known_heads import KnownHead, known_heads, remember_head
+from homeinfer.cluster.pairing import pair
+from homeinfer.cluster.wire.codes import decode_code
+from homeinfer.cluster.wire.keys import own_keys
+from homeinfer.errors import HomeinferError
+from homeinfer.folders import private_folder, state_folder
+
+_LOOK_SECONDS = 0.5
+
+
+class JoinWishes(msgspec.Struct, frozen=True):
+    """The options of `cluster join`, as typed."""
+
+    code: str
+    head: str
+    name: str
+    host: str
+    models: tuple[Path, ...]
+    threads: int
+    stays: bool
+
+
+def take_part(wishes: JoinWishes) -> None:
+    """Until the cluster ends or the user wants no more. Raises HomeinferError; exits with 130 after Ctrl-C."""
+    folder = private_folder(state_folder())
+    known = asyncio.run(_paired(wishes, folder)) if wishes.code else which_head(known_heads(folder), wishes.head)
+    with joined(folder, known):
+        asyncio.run(_take_part(wishes, known))
+
+
+async def _paired(wishes: JoinWishes, folder: Path) -> KnownHead:
+    code = decode_code(wishes.code)
+    with Screen() as screen:
+        screen.show(Text(f"looking for the head at {' or '.join(code.hosts)} port {code.port}, 15 s at most"))
+        known = await pair(code, own_keys(folder), wishes.name or platform.node() or "device", timeout=15.0)
+    remember_head(folder, known)
+    return known
+
+
+def which_head(heads: Sequence[KnownHead], name: str) -> KnownHead:
+    """The one of this name, or the one used last. Raises HomeinferError when there is none."""
+    if not heads:
+        raise HomeinferError(
+            "this machine is in no cluster yet: type the code that homeinfer cluster up shows on the head, "
+            "homeinfer cluster join CODE"
+        )
+    found = [head for head in heads if not name or head.name == name]
+    if not found:
+        names = ", ".join(head.name for head in heads)
+        raise HomeinferError(f"no head named {name} is known here; known are: {names}")
+    return found[0]
+
+
+def agent_options(wishes: JoinWishes, known: KnownHead) -> AgentOptions:
+    """What the agent is told."""
+    folders = wishes.models or (Path.cwd(),)
+    return AgentOptions(
+        hosts=known.hosts,
+        port=known.port,
+        key=known.key,
+        name=wishes.name,
+        host=wishes.host,
+        models=tuple(str(folder.absolute()) for folder in folders),
+        n_threads=wishes.threads,
+        stays=wishes.stays,
+        finds=True,
+    )
+
+
+async def _take_part(wishes: JoinWishes, known: KnownHead) -> None:
+    with Screen() as screen, signals_as_stop() as stopped:
+        shown = _Shown(known.name, screen)
+        agent = Agent(agent_options(wishes, known), shown.on_event)
+        running = asyncio.create_task(agent.run())
+        looking = asyncio.create_task(shown.forever())
+        waiting = asyncio.create_task(stopped.wait())
+        try:
+            await asyncio.wait({running, looking, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            agent.stop()
+            try:
+                await end_task(waiting)
+                await end_task(looking)
+                screen.pause()
+            finally:
+                reason = await running
+        if stopped.is_set():
+            raise typer.Exit(stopped.code)
+        if shown.is_problem:
+            raise HomeinferError(reason)
+        screen.say(reason)
+
+
+class _Shown:
+    """What the agent said, on the screen."""
+
+    def __init__(self, head: str, screen: Screen) -> None:
+        self._part = Part(head)
+        self._screen = screen
+        self._pace = Pace()
+        self._changed = asyncio.Event()
+        self.is_problem = False
+
+    def on_event(self, event: AgentEvent) -> None:
+        """For Agent."""
+        line = line_of(event, self._part)
+        if line is not None and (not self._screen.is_live or not isinstance(event, Working)):
+            self._screen.say(line)
+        self._part = after(self._part, event, time.monotonic())
+        self.is_problem = self.is_problem or is_problem(event)
+        self._changed.set()
+
+    async def forever(self) -> None:
+        """Draw when there is something new, a few times a second at most."""
+        while True:
+            self._screen.show(part_view(self._part, self._pace.left(tasks_of(self._part), time.monotonic())))
+            await self._changed.wait()
+            self._changed.clear()
+            await asyncio.sleep(_LOOK_SECONDS)

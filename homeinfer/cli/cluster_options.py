@@ -1,0 +1,170 @@
+"""The options of `homeinfer cluster`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+_WHO = "Who takes part"
+_RING = "How it runs"
+_WHERE = "Where this machine is"
+
+NameOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What to call this machine; its own name unless given.",
+        show_default=False,
+        rich_help_panel=_WHERE,
+    ),
+]
+HostOption = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        help="The address at which the others reach this machine; found out unless given.",
+        show_default=False,
+        rich_help_panel=_WHERE,
+    ),
+]
+ThreadsOption = Annotated[
+    int,
+    typer.Option("--threads", "-t", min=0, help="Threads on this machine; 0: one per core.", rich_help_panel=_WHERE),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DeviceArgument = Annotated[
+    str, typer.Argument(metavar="DEVICE", help="Its name, as homeinfer cluster devices shows it.", show_default=False)
+]
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A GGUF file (of a split one: any part). Default: the embedded SmolLM2-135M.", show_default=False
+    ),
+]
+DevicesOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Wait until so many devices are there, this one included.",
+        show_default=False,
+        rich_help_panel=_WHO,
+    ),
+]
+WaitOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        min=0,
+        help="Wait so long for whoever comes.",
+        show_default=False,
+        rich_help_panel=_WHO,
+    ),
+]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DEVICE", help="This device must take part.", rich_help_panel=_WHO),
+]
+ForbidOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DEVICE", help="This device must not take part.", rich_help_panel=_WHO),
+]
+ProfileOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="What homeinfer profile wrote for this model on a device, which is then not measured again.",
+        rich_help_panel=_WHO,
+    ),
+]
+YesOption = Annotated[
+    bool, typer.Option("--yes", "-y", help="Load what was planned without asking.", rich_help_panel=_WHO)
+]
+ContextOption = Annotated[
+    int,
+    typer.Option(
+        "--ctx",
+        metavar="N",
+        min=0,
+        help="Context length in tokens; 0: the model's own, 4,096 at most.",
+        rich_help_panel=_RING,
+    ),
+]
+SequencesOption = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, max=256, help="Answers at the same time.", rich_help_panel=_RING),
+]
+WireOption = Annotated[
+    Literal["f32", "f16", "bf16", "q8", "auto"],
+    typer.Option(
+        help="How hidden states travel: f32 gives the tokens of one machine; auto: smaller where the network is slow.",
+        rich_help_panel=_RING,
+    ),
+]
+ReplicasOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=16,
+        help="Keep each layer on the disks of N devices, so that a lost device costs no transfer.",
+        rich_help_panel=_RING,
+    ),
+]
+ObjectiveOption = Annotated[
+    Literal["latency", "throughput", "ttft"],
+    typer.Option(
+        help="latency: the least time per token; throughput: the most tokens per second of all answers together; "
+        "ttft: the first token soonest.",
+        rich_help_panel=_RING,
+    ),
+]
+HeadroomOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SHARE",
+        help="The share of each device's memory that stays free for other programs.",
+        rich_help_panel=_RING,
+    ),
+]
+DetachOption = Annotated[
+    bool,
+    typer.Option("--detach", "-d", help="Return when it is ready; homeinfer cluster down ends it."),
+]
+PortOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=65534,
+        help="TCP port for the other devices; pairing takes the next one. 0: free ones.",
+        rich_help_panel=_WHERE,
+    ),
+]
+CodeArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CODE]", help="What cluster up shows; only the first time.", show_default=False),
+]
+HeadOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Which head, where this machine knows several; the last one unless given.",
+        show_default=False,
+    ),
+]
+ModelsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where the model's file may be on this machine, so that nothing must be sent; the current folder "
+        "unless given.",
+        show_default=False,
+    ),
+]
+StayOption = Annotated[bool, typer.Option("--stay", help="When the cluster goes down, wait until it comes up again.")]
+LeftHeadOption = Annotated[
+    str,
+    typer.Option("--head", metavar="NAME", help="Which head, where this machine knows several.", show_default=False),
+]

@@ -1,0 +1,162 @@
+"""What a running cluster really does: answers that are timed, and what its devices did meanwhile."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from homeinfer.cluster.client_connection import Connection
+from homeinfer.cluster.client_telling import Telling, new_id
+from homeinfer.cluster.wire.client import CancelAnswer, DeviceStatus, Notice, Open, Status
+from homeinfer.engine.generate import Request
+from homeinfer.engine.sampling import Sampling
+from homeinfer.errors import HomeinferError
+
+_LOOK_SECONDS = 0.5
+_SILENT_SECONDS = 120.0
+
+
+class Timed(msgspec.Struct, frozen=True):
+    """When an answer was asked for and when its tokens came, seconds of one clock."""
+
+    asked: float
+    tokens: tuple[float, ...]
+
+    @property
+    def ttft_ms(self) -> float:
+        return (self.tokens[0] - self.asked) * 1e3
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean of the tokens after the first."""
+        return (self.tokens[-1] - self.tokens[0]) * 1e3 / max(len(self.tokens) - 1, 1)
+
+
+class Shares(msgspec.Struct, frozen=True):
+    """What a device did while one answer was written, as shares of the time, which add up to 1. network: steps and
+    tokens on their way between devices; waiting: for other devices, and whatever is left."""
+
+    name: str
+    compute: float
+    disk: float
+    network: float
+    waiting: float
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """Answers that ran together, and how the devices were meanwhile."""
+
+    answers: tuple[Timed, ...]
+    looks: tuple[tuple[DeviceStatus, ...], ...]
+    notices: tuple[str, ...]
+
+
+class Prober:
+    """Asks the cluster of a state folder for answers and times them. `close` it in any case."""
+
+    def __init__(self, folder: Path) -> None:
+        self._connection = Connection(folder)
+
+    def run(self, prompts: Sequence[Sequence[int]], n_tokens: int, on_token: Callable[[], None]) -> Seen:
+        """All prompts at once, n_tokens each, from an empty memory. Raises HomeinferError when the cluster can't."""
+        request = Request(Sampling(temperature=0), limit=n_tokens, fresh=True)
+        probe = _Probe([Telling(new_id(), prompt, request) for prompt in prompts], on_token)
+        try:
+            self._follow(probe)
+        except BaseException:
+            for telling in probe.open.values():
+                self._connection.send(CancelAnswer(telling.id))
+            raise
+        return probe.seen()
+
+    def _follow(self, probe: _Probe) -> None:
+        for telling in list(probe.open.values()):
+            probe.asked[telling.id] = time.perf_counter()
+            if not self._connection.send(telling.ask()):
+                raise HomeinferError("the cluster on this machine is gone: homeinfer cluster up starts it again")
+        looked = heard = time.monotonic()
+        while probe.open:
+            now = time.monotonic()
+            if now - looked >= _LOOK_SECONDS:
+                looked = now
+                self._connection.send(Open())
+            message = self._connection.receive(0.1)
+            if message is None or isinstance(message, Status):
+                if now - heard >= _SILENT_SECONDS or not self._connection.is_there():
+                    raise HomeinferError("the cluster stopped answering in the middle of a measurement")
+                if isinstance(message, Status):
+                    probe.looks.append(message.status.devices)
+                continue
+            heard = now
+            if isinstance(message, Notice):
+                probe.notices.append(message.text)
+            else:
+                probe.take(message)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._connection.close()
+
+
+class _Probe:
+    """Answers under way."""
+
+    def __init__(self, tellings: Sequence[Telling], on_token: Callable[[], None]) -> None:
+        self.open = {telling.id: telling for telling in tellings}
+        self.asked: dict[str, float] = {}
+        self.looks: list[tuple[DeviceStatus, ...]] = []
+        self.notices: list[str] = []
+        self._came: dict[str, list[float]] = {telling.id: [] for telling in tellings}
+        self._on_token = on_token
+
+    def take(self, message: msgspec.Struct) -> None:
+        now = time.perf_counter()
+        telling = self.open.get(getattr(message, "id", ""))
+        if telling is None:
+            return
+        taken = telling.take(message)  # type: ignore[arg-type]
+        self._came[telling.id] += [now] * len(taken.tokens)
+        for _ in taken.tokens:
+            self._on_token()
+        if taken.send is not None:
+            raise HomeinferError("the cluster lost an answer in the middle of a measurement: measure again")
+        if taken.finish is not None:
+            del self.open[telling.id]
+            if not self._came[telling.id]:
+                raise HomeinferError("an answer ended before its first token: measure again")
+
+    def seen(self) -> Seen:
+        answers = tuple(Timed(self.asked[id], tuple(came)) for id, came in self._came.items())
+        return Seen(answers, tuple(self.looks), tuple(self.notices))
+
+
+def together_per_s(answers: Sequence[Timed]) -> float:
+    """Tokens per second of answers that ran at once, from the first token that came to the last."""
+    first = min(answer.tokens[0] for answer in answers)
+    last = max(answer.tokens[-1] for answer in answers)
+    count = sum(len(answer.tokens) for answer in answers) - 1
+    return count / (last - first) if last > first else 0.0
+
+
+def shares(looks: Sequence[Sequence[DeviceStatus]]) -> tuple[Shares, ...]:
+    """Of each device with layers, from how it was while one answer was written."""
+    names = dict.fromkeys(device.name for look in looks for device in look if device.layers)
+    means = {name: _mean([d for look in looks for d in look if d.name == name]) for name in names}
+    network = max(0.0, 1.0 - sum(held for _, _, held in means.values()))
+    return tuple(
+        Shares(name, max(compute - disk, 0.0), disk, network, max(0.0, 1.0 - network - compute))
+        for name, (compute, disk, _) in means.items()
+    )
+
+
+def _mean(looks: Sequence[DeviceStatus]) -> tuple[float, float, float]:
+    """compute, disk and holding share."""
+    return (
+        statistics.fmean(device.compute_share for device in looks),
+        statistics.fmean(device.disk_share for device in looks),
+        statistics.fmean(max(device.holding_share, device.compute_share) for device in looks),
+    )

@@ -1,0 +1,55 @@
+"""How chat, run, bench and status find the cluster that runs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from homeinfer.cluster.private_file import write_private
+
+_FOLDER, _FILE = "run", "cluster.json"
+
+
+class RunningCluster(msgspec.Struct, frozen=True):
+    """address: of the socket for clients, ipc://… (a file that only this user can open) or tcp://127.0.0.1:… (CURVE:
+    `key` is the server's, and only this device's own keys get in). began: the process's start, since numbers of
+    processes come again."""
+
+    pid: int
+    began: float
+    address: str
+    key: str
+    model_path: str
+    port: int = 0
+
+
+def run_folder(folder: Path) -> Path:
+    """Of a state folder: what is there while a cluster runs."""
+    return folder / _FOLDER
+
+
+def running_cluster(folder: Path) -> RunningCluster | None:
+    """The cluster of a state folder, or None when none runs (one that was killed has left its file, and counts not)."""
+    try:
+        found = msgspec.json.decode((run_folder(folder) / _FILE).read_bytes(), type=RunningCluster)
+        is_it = abs(psutil.Process(found.pid).create_time() - found.began) < 1
+    except (OSError, msgspec.MsgspecError, psutil.Error, UnicodeDecodeError):
+        return None
+    return found if is_it else None
+
+
+def began() -> float:
+    """When this process started, as RunningCluster says it."""
+    return float(psutil.Process().create_time())
+
+
+def write_running(folder: Path, cluster: RunningCluster) -> None:
+    """Say that a cluster runs. `folder` is the state folder, whose run folder exists."""
+    write_private(run_folder(folder) / _FILE, cluster, "what a running cluster says of itself")
+
+
+def remove_running(folder: Path) -> None:
+    """Say that it runs no more."""
+    (run_folder(folder) / _FILE).unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""llama.cpp alone, as its own users run it, for comparisons: a process that answers on request.
+
+    scripts/plain_llama.py MODEL.gguf --threads 2    (lines "PROMPT_TOKENS TOKENS" on stdin, a list of times on stdout)
+
+The times are milliseconds: of the prompt to the first token, then of each further token (greedy, by numpy's argmax).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+N_BATCH = 512
+
+
+def silent(_level: int, _text: bytes, _user: object) -> None:
+    """llama.cpp's log, dropped."""
+
+
+class PlainLlama:
+    """Default loading, default OpenMP settings, llama_decode, the last row's logits."""
+
+    def __init__(self, model: str, threads: int, n_ctx: int) -> None:
+        from llama_cpp import llama_cpp as lib
+
+        self._lib: Any = lib
+        self._silent = lib.llama_log_callback(silent)
+        lib.llama_log_set(self._silent, None)
+        lib.llama_backend_init()
+        self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, N_BATCH, N_BATCH
+        params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = 0
+        self._context = lib.llama_init_from_model(self._model, params)
+        self._n_vocab = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
+
+    def answer(self, n_prompt: int, n_tokens: int) -> list[float]:
+        """Times, milliseconds."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        prompt = np.random.default_rng(0).integers(100, 20_000, n_prompt).astype(np.int32)
+        times = []
+        begin = time.perf_counter()
+        for start in range(0, n_prompt, N_BATCH):
+            token = self._decode(prompt[start : start + N_BATCH])
+        for _ in range(n_tokens):
+            now = time.perf_counter()
+            times.append((now - begin) * 1e3)
+            begin = now
+            token = self._decode(np.array([token], np.int32))
+        return times
+
+    def _decode(self, tokens: Any) -> int:
+        pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(pointer, len(tokens)))
+        logits = self._lib.llama_get_logits_ith(self._context, -1)
+        return int(np.ctypeslib.as_array(logits, (self._n_vocab,)).argmax())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ctx", type=int, default=4096)
+    a = parser.parse_args()
+    llama = PlainLlama(a.model, a.threads, a.ctx)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        n_prompt, n_tokens = map(int, line.split())
+        print(json.dumps(llama.answer(n_prompt, n_tokens)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

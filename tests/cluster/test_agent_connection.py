@@ -1,0 +1,147 @@
+"""How an agent finds its head, and what it says when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from homeinfer import __version__
+from homeinfer.cluster import agent_connection
+from homeinfer.cluster.agent_options import AgentEvent, Connected, Ended, Seeking
+from homeinfer.cluster.wire import control
+from homeinfer.cluster.wire.keys import own_keys
+from homeinfer.folders import private_folder
+from tests.support.scripted_head import HERE, a_head, agent_options, an_agent
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is silent for a second is gone."""
+    monkeypatch.setattr(agent_connection, "LOST_SECONDS", 1.5)
+
+
+async def complaint(events: list[AgentEvent]) -> str:
+    """The first reason why the head is not there."""
+    while True:
+        for event in events:
+            if isinstance(event, Seeking) and event.reason:
+                return event.reason
+        await asyncio.sleep(0.02)
+
+
+def test_a_head_with_another_key_hears_nothing_and_the_user_a_clear_line(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            other = own_keys(private_folder(tmp_path / "other")).public
+            options = msgspec.structs.replace(agent_options(head, tmp_path / "desk"), key=other)
+            async with an_agent(options) as (_, events):
+                reason = await complaint(events)
+                assert "doesn't answer this device" in reason
+                assert "join again with a new code" in reason
+            assert head.heard == []
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_a_device_that_is_not_registered_hears_nothing(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head", is_allowed=lambda _key: False) as head:
+            async with an_agent(agent_options(head, tmp_path / "desk")) as (_, events):
+                assert "doesn't answer this device" in await complaint(events)
+            assert head.heard == []
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_a_port_where_nothing_listens_and_a_host_that_nobody_knows_are_named(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            options = agent_options(head, tmp_path / "desk")
+        async with an_agent(options) as (_, events):
+            assert f"nothing listens at its port {options.port}" in await complaint(events)
+        nowhere = msgspec.structs.replace(options, hosts=("no-such-host.invalid",))
+        async with an_agent(nowhere) as (_, events):
+            reason = await complaint(events)
+            assert "no-such-host.invalid can't be reached" in reason
+            assert "firewall" in reason
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_the_second_address_serves_when_the_first_does_not(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            options = agent_options(head, tmp_path / "desk")
+            both = msgspec.structs.replace(options, hosts=("no-such-host.invalid", HERE))
+            async with an_agent(both) as (_, events):
+                hello = await head.expect(control.Hello)
+                assert (hello.protocol, hello.version, hello.host) == (control.PROTOCOL, __version__, HERE)
+                await head.expect(control.Beat)
+                assert Connected("desk", HERE) in events
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_an_agent_without_a_head_can_be_stopped_at_any_moment(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            options = agent_options(head, tmp_path / "desk")
+        refused = msgspec.structs.replace(options, hosts=(HERE, HERE, HERE))
+        for number in range(12):
+            async with an_agent(refused):
+                await asyncio.sleep(number * 0.007)
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_a_silent_head_is_called_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            head.welcomes = False
+            async with an_agent(agent_options(head, tmp_path / "desk")):
+                await head.expect(control.Hello)
+                head.welcomes = True
+                await head.expect(control.Hello)
+                await head.expect(control.Beat)
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (control.Refuse(2, "9.0", "the head runs homeinfer 9.0"), Ended("the head runs homeinfer 9.0", True)),
+        (control.Bye(), Ended("the cluster is down")),
+    ],
+)
+def test_an_agent_ends_when_the_head_says_so(
+    tmp_path: Path, last: control.Refuse | control.Bye, expected: Ended
+) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head, an_agent(agent_options(head, tmp_path / "desk")) as (_, events):
+            await head.expect(control.Hello)
+            head.say(last)
+            while expected not in events:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_an_agent_that_stays_waits_for_the_cluster_to_come_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("homeinfer.cluster.agent._STAY_SECONDS", 0.1)
+
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            options = msgspec.structs.replace(agent_options(head, tmp_path / "desk"), stays=True)
+            async with an_agent(options):
+                await head.expect(control.Hello)
+                head.say(control.Bye())
+                await head.expect(control.Hello)
+            await head.expect(control.Bye)
+
+    asyncio.run(asyncio.wait_for(test(), 30))

@@ -1,0 +1,104 @@
+"""Several answers on one ring at once: each is what it is alone."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from homeinfer.cluster.engine_messages import Pace
+from homeinfer.cluster.local import RingOptions
+from homeinfer.cluster.ring_client import RingFailed
+from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.tokenizer import Tokenizer
+from homeinfer.model.header import Header, read_header
+from tests.support.async_ring import async_ring, greedy
+from tests.support.reference import Reference, agreement, references
+
+TEXTS = (
+    "1, 2, 3, 4, 5, 6,",
+    "Monday, Tuesday, Wednesday,",
+    "2, 4, 6, 8, 10,",
+    "A, B, C, D, E, F,",
+    "10, 20, 30, 40, 50,",
+)
+LIMIT = 16
+OPTIONS = RingOptions(n_ctx=160, n_batch=64, n_seq=3, n_threads=1)
+TWO = [[(0, 10), (20, 30)], [(10, 20)]]
+PACES = [Pace(), Pace(groups=2), Pace(chunk=5, ahead=2)]
+
+
+@pytest.fixture(scope="module")
+def header(smollm2_path: Path) -> Header:
+    return read_header(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def expected(smollm2_path: Path) -> list[Reference]:
+    return references(smollm2_path, TEXTS, LIMIT, longest=64, n_ctx=160)
+
+
+@pytest.mark.parametrize("pace", PACES, ids=["as it comes", "two groups", "small parts"])
+def test_answers_at_once_are_those_of_llama_cpp_one_after_the_other(
+    header: Header, expected: list[Reference], pace: Pace
+) -> None:
+    async def run() -> list[list[int]]:
+        async with async_ring(header, TWO, OPTIONS, pace) as ring:
+            found = await asyncio.gather(*(ring.answer(e.prompt, greedy(LIMIT)) for e in expected))
+            return [tokens for tokens, _ in found]
+
+    assert agreement(expected, asyncio.run(run())).ties <= 1
+
+
+def test_one_answer_is_stopped_and_another_refused_while_a_third_goes_on(
+    header: Header, expected: list[Reference]
+) -> None:
+    async def run() -> list[int]:
+        async with async_ring(header, TWO, OPTIONS) as ring:
+            stop, told = asyncio.Event(), list[int]()
+            third = asyncio.ensure_future(ring.answer(expected[0].prompt, greedy(LIMIT)))
+            stopped = asyncio.ensure_future(ring.answer(expected[1].prompt, greedy(150), stop, told))
+            while len(told) < 3:
+                await asyncio.sleep(0.005)
+            stop.set()
+            assert (await stopped)[1].reason == "cancelled"
+            with pytest.raises(RingFailed, match="the grammar can't be read"):
+                await ring.answer([5], greedy(3, sampling=Sampling(grammar="rut ::= [")))
+            with pytest.raises(RingFailed, match="does not fit a context of 160"):
+                await ring.answer([5] * 160, greedy(3))
+            return (await third)[0]
+
+    assert agreement(expected[:1], [asyncio.run(run())]).ties == 0
+
+
+def test_a_task_that_is_cancelled_stops_its_answer(header: Header) -> None:
+    async def run() -> None:
+        async with async_ring(header, TWO, RingOptions(n_ctx=4096, n_batch=64, n_threads=1)) as ring:
+            told: list[int] = []
+            task = asyncio.ensure_future(ring.answer([5, 6, 7], greedy(4000), tokens=told))
+            while len(told) < 3:
+                await asyncio.sleep(0.005)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            tokens, _ = await ring.answer([5, 6, 7], greedy(3))
+            assert len(tokens) == 3, "the only sequence is free again"
+
+    asyncio.run(run())
+
+
+def test_each_conversation_finds_its_own_memory(smollm2_path: Path, header: Header) -> None:
+    with closing(Tokenizer(str(smollm2_path))) as tokenizer:
+        texts = [tokenizer.encode(f"The {thing} is a kind of thing that people") for thing in ("horse", "boat", "tree")]
+
+    async def run() -> None:
+        async with async_ring(header, TWO, OPTIONS) as ring:
+            for turn in range(3):
+                for number, text in enumerate(texts):
+                    tokens, finish = await ring.answer(text, greedy(6, session=f"{number:032x}"))
+                    assert turn == 0 or finish.reused >= len(text) - 2
+                    text += [*tokens, 28]
+
+    asyncio.run(run())

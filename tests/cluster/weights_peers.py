@@ -1,0 +1,99 @@
+"""Devices that exchange weights, all in this process: real sockets, real files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+
+from homeinfer.cluster.weights.messages import PIECE_BYTES
+from homeinfer.cluster.weights.rate import RateLimit
+from homeinfer.cluster.weights.serve import WeightsServer
+from homeinfer.cluster.weights.store import Store
+from homeinfer.cluster.wire.control import Manifest, Source
+from homeinfer.cluster.wire.keys import DeviceKeys
+from homeinfer.cluster.wire.secure import Secure
+from homeinfer.cluster.wire.transport import new_keys
+
+
+class LyingStore(Store):
+    """Its weights are wrong in one bit of each piece."""
+
+    def read(self, digest: str, file: int, offset: int, nbytes: int) -> bytes | None:
+        data = super().read(digest, file, offset, nbytes)
+        if data is None or self.manifest is None or offset < self.manifest.files[file].header_bytes:
+            return data
+        return bytes([data[0] ^ 1]) + data[1:]
+
+
+class Peer:
+    """A device with a store and a server, which serves whoever is not in `refused`."""
+
+    def __init__(self, name: str, store: Store, most_bytes_per_s: int = 0) -> None:
+        self.name = name
+        self.keys = DeviceKeys(*new_keys())
+        self.secure = Secure(self.keys)
+        self.store = store
+        self.limit = RateLimit(most_bytes_per_s)
+        self.refused: set[str] = set()
+        self._serving: asyncio.Task[None] | None = None
+        self.port = 0
+
+    def serve(self) -> Peer:
+        """From now on, and again after `stop` on the same port."""
+        address = f"tcp://127.0.0.1:{self.port or '*'}"
+        self.server = WeightsServer(self.secure, address, lambda key: key not in self.refused, self.store, self.limit)
+        self.port = self.server.port
+        self._serving = asyncio.create_task(self.server.serve())
+        return self
+
+    async def stop(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+            self._serving = None
+
+    def source(self, tensors: Iterable[int] | None = None) -> Source:
+        held = tuple(self.store.holds() if tensors is None else tensors)
+        return Source(self.name, "127.0.0.1", self.port, self.keys.public, held)
+
+
+@contextlib.asynccontextmanager
+async def peers() -> AsyncIterator[Callable[..., Peer]]:
+    """Makes Peers, and ends them."""
+    made: list[Peer] = []
+
+    def make(name: str, store: Store, most_bytes_per_s: int = 0) -> Peer:
+        made.append(Peer(name, store, most_bytes_per_s))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for peer in made:
+            await peer.stop()
+            peer.store.close()
+            peer.secure.close()
+
+
+def holding(store: Store, manifest: Manifest) -> Store:
+    """A store that knows the model and has found it."""
+    store.know(manifest)
+    assert store.check(range(len(manifest.tensors))) == ()
+    return store
+
+
+def fill(store: Store, model: Path, tensors: Iterable[int]) -> None:
+    """Headers and tensors from the original file, as a fetch would write them."""
+    manifest = store.manifest
+    assert manifest is not None
+    data = model.read_bytes()
+    for file in store.missing_headers:
+        store.write_header(file, data[: manifest.files[file].header_bytes])
+    for number in tensors:
+        tensor = manifest.tensors[number]
+        whole = data[tensor.offset : tensor.offset + tensor.nbytes]
+        for offset in range(0, tensor.nbytes, PIECE_BYTES):
+            store.write(number, offset, whole[offset : offset + PIECE_BYTES])
+        assert store.finish(number)
