@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from home_cluster import TESTBED, Home, HomeOptions, bring_up, home, machine, print_json, status_of, wait_for
+from home_cluster import TESTBED, Home, HomeOptions, bring_up, home, machine, print_json, status_of, up_words, wait_for
 
 from homeinfer.cluster.client_bench import Prober, Timed, together_per_s
 from homeinfer.cluster.wire.client import ClusterStatus
@@ -250,9 +250,7 @@ def ready(model: Path, testbed: Path, _rounds: int) -> dict[str, object]:
         made.processes[0].send_signal(2)
         made.processes[0].wait(30)
         begin = time.monotonic()
-        made.start(
-            0, "cluster", "up", str(model), "--yes", "--name", "device-0", "--devices", str(made.count), "--ctx", "512"
-        )
+        made.start(0, *up_words(made, model, "--ctx", "512"))
         wait_for(made, lambda status: status.state == "ready", 120)
         up = time.monotonic() - begin
         with prober(made) as probe:

@@ -150,17 +150,24 @@ def home(options: HomeOptions, testbed: Path = TESTBED, *, loopback: bool = Fals
 
 
 def bring_up(made: Home, model: Path, *words: str, patience: float = 600.0) -> ClusterStatus:
-    """`cluster up` on device 0, `cluster join` on the others, until it is ready. words: more for `cluster up`.
+    """`cluster up` on device 0, `cluster join` on the others, until it is ready; all of them take part, also where one
+    alone would be faster. words: more for `cluster up`.
 
     Raises SystemExit with the devices' last words when it does not come up.
     """
-    count = ("--devices", str(made.count))
-    made.start(0, "cluster", "up", str(model), "--yes", "--name", "device-0", *count, *words)
+    made.start(0, *up_words(made, model, *words))
     used = ""
     for device in range(1, made.count):
         used = code_of(made, used)
         made.start(device, "cluster", "join", used, "--name", f"device-{device}", "--stay")
     return wait_for(made, lambda status: status.state == "ready", patience)
+
+
+def up_words(made: Home, model: Path, *words: str) -> tuple[str, ...]:
+    """The command that brings the cluster up."""
+    required = [word for device in range(1, made.count) for word in ("--require", f"device-{device}")]
+    fixed = ("cluster", "up", str(model), "--yes", "--name", "device-0", "--devices", str(made.count))
+    return (*fixed, *required, *words)
 
 
 def code_of(made: Home, used: str = "") -> str:

@@ -50,8 +50,8 @@ _EVENTS = 40
 class Coordinator:
     """Brings a cluster up, keeps it running and answers clients (cluster/wire/client.py).
 
-    folder: the state folder (homeinfer.folders.state_folder()). Everything in one asyncio loop, to which all methods but
-    `stop` belong.
+    folder: the state folder (homeinfer.folders.state_folder()). Everything in one asyncio loop, to which all methods
+    but `stop` belong.
     """
 
     def __init__(self, options: ClusterOptions, folder: Path) -> None:

@@ -33,6 +33,8 @@ JOIN_SECONDS = 8.0
 """An engine that is loaded joins in milliseconds; one that does not in so long hangs."""
 LOAD_SECONDS = 120.0
 """A device that loads says how far it is every second; one that is silent about it for so long hangs."""
+FETCH_SECONDS = 180.0
+"""A device that fetches weights and says nothing of it for so long is asked again."""
 _LESS_MEMORY = 0.85
 
 
@@ -139,9 +141,10 @@ def _hung(device: DeviceView, now: float) -> str:
 
 
 def fetch(cluster: Cluster, device: DeviceView, lacking: frozenset[int], now: float) -> Outcome:
-    """Let a device get tensors that it lacks, unless it does already."""
+    """Let a device get tensors that it lacks, unless it does already and gets on."""
     found = sources(cluster, device.name, lacking)
-    if device.fetching is not None or not found:
+    is_at_it = device.fetching is not None and now - device.moved < FETCH_SECONDS
+    if is_at_it or not found:
         return Outcome(cluster)
     asked = cluster.with_device(device.name, fetching=lacking, moved=now, share=None)
     message = Fetch(cluster.model.manifest.digest, tuple(sorted(lacking)), found, cluster.limit)

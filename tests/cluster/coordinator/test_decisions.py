@@ -9,7 +9,7 @@ import pytest
 
 from homeinfer.cluster.coordinator import events
 from homeinfer.cluster.coordinator.checking import culprits
-from homeinfer.cluster.coordinator.placing import JOIN_SECONDS
+from homeinfer.cluster.coordinator.placing import FETCH_SECONDS, JOIN_SECONDS
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.client import Order
 from tests.cluster.coordinator.world import LAYERS, World, options, profile
@@ -46,6 +46,16 @@ def test_devices_get_only_what_their_layers_need() -> None:
     world = running()
     assert world.devices["box"].holds | world.devices["pad"].holds == frozenset(range(1, LAYERS - 2))
     assert not world.devices["box"].holds & world.devices["pad"].holds
+
+
+def test_a_device_that_gets_no_weights_is_asked_again_after_a_while() -> None:
+    world = World(options(devices=2), NAMES[:2])
+    world.devices["box"].is_deaf_to_fetch = True
+    world.turn_on("desk", "box")
+    world.run(FETCH_SECONDS + 5)
+    asked = [message for message in world.devices["box"].heard if isinstance(message, control.Fetch)]
+    assert len(asked) == 2
+    assert {source.name for source in asked[0].sources} == {"desk"}
 
 
 def test_nothing_is_loaded_before_a_yes_and_no_ends_it() -> None:

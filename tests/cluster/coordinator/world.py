@@ -81,6 +81,7 @@ class FakeDevice:
         self.is_on = False
         self.is_hung = False
         self.is_walled = False
+        self.is_deaf_to_fetch = False
         self.measured = profile("whatever", network=False)
         self.part: Part | None = None
         self.epoch = 0
@@ -101,7 +102,7 @@ class FakeDevice:
                 self.says.append(control.Echoing(number, 5000))
             case control.Probe(number):
                 self.says.append(control.Probed(number, Link(message.to, 1e8, 1e-4)))
-            case control.Fetch(_, tensors, sources):
+            case control.Fetch(_, tensors, sources) if not self.is_deaf_to_fetch:
                 there = {tensor for source in sources for tensor in source.tensors}
                 self.holds |= frozenset(tensors) & there
                 self.says.append(control.Holds(DIGEST, tuple(sorted(self.holds)), 1 << 40))
