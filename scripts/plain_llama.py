@@ -27,14 +27,16 @@ def silent(_level: int, _text: bytes, _user: object) -> None:
 class PlainLlama:
     """Default loading, default OpenMP settings, llama_decode, the last row's logits."""
 
-    def __init__(self, model: str, threads: int, n_ctx: int) -> None:
+    def __init__(self, model: str, threads: int, n_ctx: int, *, repacks: bool = True) -> None:
         from llama_cpp import llama_cpp as lib
 
         self._lib: Any = lib
         self._silent = lib.llama_log_callback(silent)
         lib.llama_log_set(self._silent, None)
         lib.llama_backend_init()
-        self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
+        loading = lib.llama_model_default_params()
+        loading.use_extra_bufts = repacks
+        self._model = lib.llama_model_load_from_file(model.encode(), loading)
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, N_BATCH, N_BATCH
         params.n_threads = params.n_threads_batch = threads
@@ -69,8 +71,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ctx", type=int, default=4096)
+    parser.add_argument("--no-repack", action="store_true", help="as llama.cpp's own option, where memory is short")
     a = parser.parse_args()
-    llama = PlainLlama(a.model, a.threads, a.ctx)
+    llama = PlainLlama(a.model, a.threads, a.ctx, repacks=not a.no_repack)
     print("ready", flush=True)
     for line in sys.stdin:
         n_prompt, n_tokens = map(int, line.split())

@@ -148,7 +148,7 @@ def left_behind(made: Home) -> list[str]:
 
 
 def report(answers: list[Answer], done: list[dict[str, object]], memory: list[dict[str, float]]) -> dict[str, object]:
-    wrong = [a.wrong for a in answers if a.wrong is not None]
+    wrong = [f"{PROMPTS[a.prompt]}: {a.wrong} ({'; '.join(a.notices)})" for a in answers if a.wrong is not None]
     silences = sorted(a.silence for a in answers)
     return {
         "faults": len(done),

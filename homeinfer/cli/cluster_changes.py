@@ -34,10 +34,17 @@ _LINES = 16
 
 def changes(before: ClusterStatus | None, after: ClusterStatus) -> tuple[str, ...]:
     """A line for each thing that is new."""
-    lines = [f"{after.model}: {_WORK[after.state]}"] if _is_new_work(before, after) else []
+    work = [f"{after.model}: {_WORK[after.state]}"] if _is_new_work(before, after) else []
     old = {device.name: device for device in before.devices} if before is not None else {}
-    lines += [_device_line(device) for device in after.devices if _is_changed(old.get(device.name), device)]
-    return (*lines, *new_events(before.events if before is not None else (), after.events))
+    said = new_events(before.events if before is not None else (), after.events)
+    came = tuple(f"{device.name} " for device in after.devices if device.name not in old)
+    first = [line for line in said if line.startswith(came)]
+    devices = [
+        _device_line(device)
+        for device in after.devices
+        if _is_changed(old.get(device.name), device) and not _is_gone_and_said(device, said)
+    ]
+    return (*first, *work, *devices, *(line for line in said if line not in first))
 
 
 def _is_new_work(before: ClusterStatus | None, after: ClusterStatus) -> bool:
@@ -47,6 +54,11 @@ def _is_new_work(before: ClusterStatus | None, after: ClusterStatus) -> bool:
 def _is_changed(before: DeviceStatus | None, after: DeviceStatus) -> bool:
     """That a device is new is an event already."""
     return after.state != "new" and (before is None or before.state != after.state)
+
+
+def _is_gone_and_said(device: DeviceStatus, said: Sequence[str]) -> bool:
+    """Why a device is gone is an event, which says more."""
+    return device.state in ("lost", "left", "refused") and any(line.startswith(f"{device.name} ") for line in said)
 
 
 def _device_line(device: DeviceStatus) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import msgspec
 from rich.console import Group, RenderableType
-from rich.filesize import decimal
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +22,7 @@ from homeinfer.cluster.agent_options import (
     Trouble,
     Working,
 )
+from homeinfer.cluster.planning.problem_checks import gigabytes
 from homeinfer.cluster.wire.control import DeviceStats, Task
 
 _TASKS: dict[Task, str] = {
@@ -35,16 +35,19 @@ _TASKS: dict[Task, str] = {
 _TROUBLES = 3
 _BAR = 30
 _STALLED = 0.1
+_SHOWN_RATE = 1000
+"""Bytes per second; beats alone are less."""
 
 
 class Part(msgspec.Struct, frozen=True):
     """What a device's agent said of itself. tasks: how far each is that is not done, with its detail. seen, before:
-    the last two stats with the seconds at which they came."""
+    the last two stats with the seconds at which they came. reasons: why the head was not there, since it last was."""
 
     head: str
     name: str = ""
     host: str = ""
     seeking: Seeking | None = None
+    reasons: frozenset[str] = frozenset()
     tasks: dict[Task, tuple[float, str]] = {}
     engine: EngineNow = EngineNow("none")
     seen: tuple[float, DeviceStats] | None = None
@@ -56,9 +59,9 @@ def after(part: Part, event: AgentEvent, now: float) -> Part:
     """The part after one more event. now: seconds of any steady clock."""
     replace = msgspec.structs.replace
     if isinstance(event, Seeking):
-        return replace(part, seeking=event)
+        return replace(part, seeking=event, reasons=part.reasons | {event.reason})
     if isinstance(event, Connected):
-        return replace(part, name=event.name, host=event.host, seeking=None)
+        return replace(part, name=event.name, host=event.host, seeking=None, reasons=frozenset())
     if isinstance(event, Working):
         others = {task: how for task, how in part.tasks.items() if task != event.task}
         return replace(part, tasks=others if event.share >= 1 else others | {event.task: (event.share, event.detail)})
@@ -74,8 +77,9 @@ def after(part: Part, event: AgentEvent, now: float) -> Part:
 def line_of(event: AgentEvent, part: Part) -> str | None:
     """What a log says of an event; part: as it was before. None for what only a live view shows."""
     if isinstance(event, Seeking):
-        is_new = part.seeking is None or part.seeking.reason != event.reason
-        return f"looking for {part.head}: {event.reason}" if is_new and event.reason else None
+        # a head has several addresses, tried in turn for as long as it is away
+        is_new = event.reason and event.reason not in part.reasons
+        return f"looking for {part.head}: {event.reason}" if is_new else None
     if isinstance(event, Connected):
         return f"connected to {part.head} ({event.host}) as {event.name}"
     if isinstance(event, Working):
@@ -141,25 +145,22 @@ def _engine(engine: EngineNow) -> str:
 def _stats(part: Part) -> Text:
     assert part.seen is not None
     now, stats = part.seen
-    facts = [f"{_size(stats.memory_bytes)} of memory, {_size(stats.available_bytes)} free for others"]
+    facts = [f"{gigabytes(stats.memory_bytes)} of memory, {gigabytes(stats.available_bytes)} free"]
     if part.before is not None and now > part.before[0]:
         then, old = part.before
         seconds = now - then
         facts.append(f"disk {_rate(stats.read_bytes - old.read_bytes, seconds)}")
         facts.append(f"sent {_rate(stats.sent_bytes - old.sent_bytes, seconds)}")
-        facts.append(f"computing {100 * max(stats.cpu_seconds - old.cpu_seconds, 0) / seconds:.0f} % of a core")
+        facts.append(f"{100 * max(stats.cpu_seconds - old.cpu_seconds, 0) / seconds:.0f} % of a core")
     text = Text(" · ".join(facts), "dim")
     if stats.stalled >= _STALLED:
         text.append(f" · short of memory {100 * stats.stalled:.0f} % of the time", "yellow")
     return text
 
 
-def _size(count: int) -> str:
-    return decimal(count, precision=1)
-
-
 def _rate(count: int, seconds: float) -> str:
-    return f"{decimal(int(max(count, 0) / seconds), precision=1)}/s"
+    per_second = max(count, 0) / seconds
+    return f"{gigabytes(per_second)}/s" if per_second >= _SHOWN_RATE else "–"
 
 
 def is_problem(event: AgentEvent) -> bool:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from homeinfer.cli.cluster_changes import Pace
 from homeinfer.cli.cluster_device_view import Part, after, is_problem, line_of, part_view, tasks_of
-from homeinfer.cli.cluster_leave import joined
+from homeinfer.cli.cluster_leave import check_free, joined
 from homeinfer.cli.cluster_live import Screen
 from homeinfer.cli.cluster_up import end_task, signals_as_stop
 from homeinfer.cluster.agent import Agent
@@ -44,6 +44,7 @@ class JoinWishes(msgspec.Struct, frozen=True):
 def take_part(wishes: JoinWishes) -> None:
     """Until the cluster ends or the user wants no more. Raises HomeinferError; exits with 130 after Ctrl-C."""
     folder = private_folder(state_folder())
+    check_free(folder)  # a code serves once: it is not spent on a join that can't be
     known = asyncio.run(_paired(wishes, folder)) if wishes.code else which_head(known_heads(folder), wishes.head)
     with joined(folder, known):
         asyncio.run(_take_part(wishes, known))

@@ -11,7 +11,7 @@ import msgspec
 import psutil
 
 from homeinfer.cli.ui import console
-from homeinfer.cluster.coordinator.running import began, run_folder
+from homeinfer.cluster.coordinator.running import began, run_folder, running_cluster
 from homeinfer.cluster.known_heads import KnownHead, forget_head, known_heads
 from homeinfer.cluster.private_file import write_private
 from homeinfer.errors import HomeinferError
@@ -32,9 +32,7 @@ class Joined(msgspec.Struct, frozen=True):
 @contextlib.contextmanager
 def joined(folder: Path, known: KnownHead) -> Iterator[None]:
     """Says meanwhile that this process takes part. Raises HomeinferError when another one does already."""
-    other = joined_now(folder)
-    if other is not None:
-        raise HomeinferError(f"this machine takes part in a cluster already, process {other.pid}")
+    check_free(folder)
     path = private_folder(run_folder(folder)) / _FILE
     mine = Joined(psutil.Process().pid, began(), known.key)
     write_private(path, mine, "the note of what takes part")
@@ -42,6 +40,21 @@ def joined(folder: Path, known: KnownHead) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raises HomeinferError when this machine takes part in a cluster already, as its head or otherwise."""
+    cluster = running_cluster(folder)
+    if cluster is not None:
+        raise HomeinferError(
+            f"this machine is the head of a cluster that runs, process {cluster.pid}: "
+            "to join another one, end it with homeinfer cluster down"
+        )
+    other = joined_now(folder)
+    if other is not None:
+        raise HomeinferError(
+            f"this machine takes part in a cluster already, process {other.pid}: press Ctrl-C there first"
+        )
 
 
 def joined_now(folder: Path) -> Joined | None:

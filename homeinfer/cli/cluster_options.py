@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,19 @@ import typer
 _WHO = "Who takes part"
 _RING = "How it runs"
 _WHERE = "Where this machine is"
+
+
+def _address(text: str) -> str:
+    """An address of this machine as typed; exits with 2 for what is none. It may be one that only others see (NAT)."""
+    if text:
+        try:
+            socket.getaddrinfo(text, None)
+        except (OSError, UnicodeError):
+            raise typer.BadParameter(
+                f"'{text}' is neither an address nor a name that this machine can look up"
+            ) from None
+    return text
+
 
 NameOption = Annotated[
     str,
@@ -24,6 +38,7 @@ HostOption = Annotated[
     str,
     typer.Option(
         metavar="ADDRESS",
+        callback=_address,
         help="The address at which the others reach this machine; found out unless given.",
         show_default=False,
         rich_help_panel=_WHERE,

@@ -84,7 +84,8 @@ def cluster_words(state: ClusterState) -> str:
 
 def starting_table(devices: Sequence[DeviceStatus], left: Mapping[str, float]) -> RenderableType:
     """Who is there, and how far each is with what it does."""
-    table = _table(("device", "", "", "", "time left", ""), right=(3, 4), wrapped=(5,))
+    has_time = any(device.share is not None and device.name in left for device in devices)
+    table = _table(("device", "", "", "", "time left" if has_time else "", ""), right=(3, 4), wrapped=(5,))
     for device in devices:
         words, style = _STATES[device.state]
         seconds = left.get(device.name)

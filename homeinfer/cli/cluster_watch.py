@@ -101,6 +101,9 @@ class Watch:
                     return
                 if self._tell_below(status):
                     self._screen.say(_QUESTION, end="")
+        except asyncio.CancelledError:
+            self._screen.say("")  # what follows begins a line
+            raise
         finally:
             asked.cancel()
         answer = meaning(asked.result())

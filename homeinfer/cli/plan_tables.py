@@ -60,17 +60,21 @@ def _windows(report: PlanReport) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for heading in ("device", "layers", "where"):
         table.add_column(heading, justify="right" if heading == "layers" else "left")
+    reading = {device.name for device in report.devices if device.read_bytes}
     for window in report.windows:
-        table.add_row(escape(window.device), layer_range(window.first, window.last), where(window))
+        span = layer_range(window.first, window.last)
+        table.add_row(escape(window.device), span, where(window, reads=window.device in reading))
     return table
 
 
-def where(window: PlannedWindow) -> str:
-    """ "12 in memory, 4 from disk, 8 on the GPU"."""
+def where(window: PlannedWindow, *, reads: bool = True) -> str:
+    """ "12 in memory, 4 from disk, 8 on the GPU". reads: its device reads its disk for each token; where it need not,
+    streamed layers stay in memory once they were read."""
     gpu = "on the GPU" if window.gpu == 0 else f"on GPU {window.gpu}"
+    streamed = window.streamed_layers if reads else 0
     counts = (
-        (window.resident_layers, "in memory"),
-        (window.streamed_layers, "from disk"),
+        (window.resident_layers + window.streamed_layers - streamed, "in memory"),
+        (streamed, "from disk"),
         (window.gpu_layers, gpu),
     )
     return ", ".join(f"{count} {place}" for count, place in counts if count)

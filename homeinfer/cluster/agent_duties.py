@@ -33,6 +33,7 @@ from homeinfer.cluster.wire.control import FromAgent, FromHead, Part, Progress, 
 from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.secure import tcp_address
 from homeinfer.errors import HomeinferError
+from homeinfer.profiling.machine import usable_memory
 
 _SAY_SECONDS = 0.2
 """How far a task is gets told so often."""
@@ -112,7 +113,8 @@ class Duties:
         assert isinstance(done, Profiled)
         self._progress("measure", 1.0, "")
         # what the engine has now can be used for the next plan
-        memory_bytes = done.profile.memory_bytes + self._meter.engine_bytes
+        # asked again: while it measured, the process that measures had some of it
+        memory_bytes = max(done.profile.memory_bytes, usable_memory()) + self._meter.engine_bytes
         self._say(control.Measured(digest, msgspec.structs.replace(done.profile, memory_bytes=memory_bytes)))
 
     async def _fetch(self, fetch: control.Fetch) -> None:

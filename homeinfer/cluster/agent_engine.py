@@ -263,7 +263,7 @@ def routes_of(route: Route) -> Routes:
         head=peer(route.head),
         first=None if route.first is None else peer(route.first),
         allowed=route.allowed,
-        pace=Pace(route.chunk, route.ahead, route.groups),
+        pace=Pace(route.chunk, route.ahead, route.groups, route.replay),
     )
 
 

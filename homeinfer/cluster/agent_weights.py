@@ -16,6 +16,7 @@ from homeinfer.cluster.weights.sparse_copy import model_folder
 from homeinfer.cluster.weights.store import Store
 from homeinfer.cluster.wire.control import Fetch, Holds, Manifest, Source, Task
 from homeinfer.errors import HomeinferError
+from homeinfer.memory import give_back
 
 if TYPE_CHECKING:
     from homeinfer.cluster.members import Members
@@ -68,6 +69,7 @@ class Weights:
             from homeinfer.cluster.weights.fetch import fetch_headers
 
             await fetch_headers(self._secure, self._store, (head,), self._limit)
+        give_back()  # a header takes tens of megabytes while it is read
         return self.holds()
 
     def knows(self, manifest: Manifest) -> bool:
@@ -114,6 +116,7 @@ class Weights:
 
             await fetch_tensors(self._secure, self._store, missing, fetch.sources, self._limit, tell)
             on_progress("fetch", 1.0, "")
+        give_back()
         return self.holds()
 
     async def _checked(self, tensors: tuple[int, ...], on_progress: OnProgress) -> tuple[int, ...]:

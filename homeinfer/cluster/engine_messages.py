@@ -43,12 +43,14 @@ class Pace(msgspec.Struct, frozen=True):
     """How the engine with the last window feeds the ring; 0 leaves a number to it.
 
     chunk: tokens of a prompt in one step. ahead: such steps under way at once. groups: most decode steps under way at
-    once, each with its share of the sequences; whether so many or one are faster is found out while it runs.
+    once, each with its share of the sequences; whether so many or one are faster is found out while it runs. replay:
+    engine.scheduler.Limits.
     """
 
     chunk: _Count = 0
     ahead: _Count = 0
     groups: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
+    replay: _Count = 0
 
 
 class Routes(msgspec.Struct, frozen=True, tag="routes"):

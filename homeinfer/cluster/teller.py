@@ -26,7 +26,7 @@ from homeinfer.cluster.wire.messages import (
 from homeinfer.engine.generate import FinishReason, Request, resumed_context
 from homeinfer.engine.pipeline import Floats
 from homeinfer.engine.sampling import Sampler
-from homeinfer.engine.scheduler import Limits, Scheduler
+from homeinfer.engine.scheduler import MOST_REPLAYED, Limits, Scheduler
 from homeinfer.engine.tempo import Tempo
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.engine.window import LayerWindow
@@ -232,7 +232,8 @@ def _limits(windows: list[LayerWindow], last: LayerWindow, routes: Routes) -> Li
     ahead = pace.ahead or (routes.n_hops + 1 if elsewhere else 1)
     groups = pace.groups or (1 if is_streamed else elsewhere + 1)
     chunk = pace.chunk or (spec.n_batch if is_streamed else 0)
-    return Limits(spec.n_seq, spec.n_ctx, spec.n_batch, chunk, ahead, groups)
+    replay = pace.replay or (1 if is_streamed else MOST_REPLAYED)
+    return Limits(spec.n_seq, spec.n_ctx, spec.n_batch, chunk, ahead, groups, replay)
 
 
 def _prompt(ask: Ask, rows: Any, n_vocab: int) -> list[int]:

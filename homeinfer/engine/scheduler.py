@@ -19,11 +19,15 @@ from homeinfer.engine.memory_slots import Slot, choose_slot
 from homeinfer.engine.pipeline import Batch, KvEdit
 
 _SMALLEST_CHUNK = 32
+MOST_REPLAYED = 1024
+"""What Limits.replay is where steps cost little."""
 
 
 class Limits(msgspec.Struct, frozen=True):
     """What a pipeline can take. chunk: tokens of a prompt in one step, 0 for as many as make a pipeline of several
-    devices fast. ahead: such steps under way at once; groups: decode steps under way at once."""
+    devices fast. ahead: such steps under way at once; groups: decode steps under way at once. replay: of a resumed
+    answer, at most so many tokens that were told go one by one, as they went the first time: with other kernels the
+    numbers would be a little different, and so, now and then, would be the tokens that follow."""
 
     n_seq: int
     n_ctx: int
@@ -31,6 +35,7 @@ class Limits(msgspec.Struct, frozen=True):
     chunk: int = 0
     ahead: int = 1
     groups: int = 1
+    replay: int = MOST_REPLAYED
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -60,6 +65,8 @@ class _Answer:
         self.written = request.resumed
         self.edits: tuple[KvEdit, ...] = ()
         self.kept = self.sent = self.prefilled = self.chunk = 0
+        self.replayed = len(prompt)
+        """From here on the prompt's tokens go one by one."""
         self.token: int | None = None
 
 
@@ -193,7 +200,8 @@ class Scheduler:
             slot.used, slot.key = self._clock, answer.key
             answer.edits, answer.kept = slot.prepare(answer.prompt, answer.request, answer.can_shift)
             answer.sent = answer.prefilled = answer.kept
-            answer.chunk = chunk_of(len(answer.prompt) - answer.kept, self._limits)
+            answer.replayed = _replayed(answer, self._limits)
+            answer.chunk = chunk_of(answer.replayed - answer.kept, self._limits)
             self._running[answer.key] = answer, slot
 
     def _edit(self) -> Work | None:
@@ -240,7 +248,7 @@ class Scheduler:
             return None
         for answer, slot in self._running.values():
             if answer.sent < len(answer.prompt):
-                tokens = answer.prompt[answer.sent : answer.sent + answer.chunk]
+                tokens = _next_part(answer)
                 answer.sent += len(tokens)
                 is_end = answer.sent == len(answer.prompt)
                 batch = Batch.of(tokens, len(slot.cached), slot.sequence, last_only=is_end)
@@ -282,6 +290,18 @@ class Scheduler:
                 if slot.key is not None:
                     yield slot.key
                     self.end(slot.key, "cancelled")
+
+
+def _replayed(answer: _Answer, limits: Limits) -> int:
+    """Where the tokens begin that go one by one. A context that was shifted is not to be had again that way."""
+    n, resumed = len(answer.prompt), answer.request.resumed
+    return n - resumed if resumed <= limits.replay and not answer.shifted else n
+
+
+def _next_part(answer: _Answer) -> Sequence[int]:
+    """The tokens of the prompt that go next, together."""
+    begin, last = answer.sent, answer.replayed
+    return answer.prompt[begin : min(begin + answer.chunk, last) if begin < last else begin + 1]
 
 
 def neighbours(sequences: Sequence[int]) -> list[list[int]]:

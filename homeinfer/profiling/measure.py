@@ -23,7 +23,7 @@ from homeinfer.profiling.cache import default_folder as cache_folder
 from homeinfer.profiling.disk import free_bytes, measure_disk
 from homeinfer.profiling.machine import Machine, this_machine, usable_memory
 from homeinfer.profiling.memory_speed import measure_memory
-from homeinfer.profiling.model_times import ModelTimes, TimingPlan, time_model, timing_plan
+from homeinfer.profiling.model_times import ModelTimes, TimingPlan, time_model, times_name, timing_plan
 from homeinfer.profiling.progress import OnProgress, Steps, silent
 from homeinfer.profiling.quiet import NOISY
 from homeinfer.profiling.timer import Timer, timer
@@ -79,9 +79,10 @@ def measure_profile(header: Header | None, options: ProfileOptions, on_progress:
         run.steps.expect((disk is None) * _DISK_SECONDS + (base is None) * (_MEMORY_SECONDS + _BASE_SECONDS))
         with timer(_subject(header)) as process:
             gpus = process.gpus()
-            plan = None if header is None else timing_plan(header, gpus, free_bytes(folder))
-            before = None if plan is None else run.cache.get(plan.name, ModelTimes)
-            run.steps.expect(plan.seconds if plan is not None and before is None else 0.0)
+            before = None if header is None else run.cache.get(times_name(header, gpus), ModelTimes)
+            is_known = header is None or before is not None
+            plan = None if header is None or is_known else timing_plan(header, gpus, free_bytes(folder))
+            run.steps.expect(plan.seconds if plan is not None else 0.0)
             if disk is None:
                 run.steps.begin("disk", _DISK_SECONDS)
                 disk = measure_disk(folder, _on_disk(header), n_threads=run.n_threads, on_progress=run.steps.part)
@@ -89,7 +90,7 @@ def measure_profile(header: Header | None, options: ProfileOptions, on_progress:
             if base is None:
                 base = _base(run, process)
                 run.cache.put("base", base)
-            if plan is not None and before is None:
+            if plan is not None:
                 before = _times(run, process, plan, base)
         return _profile(run, options, disk, base, gpus, before)
 

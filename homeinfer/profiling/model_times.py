@@ -70,8 +70,7 @@ def timing_plan(header: Header, gpus: tuple[Gpu, ...], room_on_disk: int) -> Tim
     """What to time so that it stays within a minute. Raises HomeinferError for a model that can't be cut, or whose
     layers are too large for memory or disk."""
     room = max(usable_memory() - _OUTSIDE, 16_000_000)
-    places: list[tuple[Place, int]] = [("resident", 0), ("mapped", 0)]
-    places += [("gpu", number) for number in range(len(gpus))]
+    places = _places(gpus)
     n_kinds = len(set(layer_kinds(header)))
     n_windows = (n_kinds + 2) * len(places)
     sizes = Sizes(
@@ -83,9 +82,8 @@ def timing_plan(header: Header, gpus: tuple[Gpu, ...], room_on_disk: int) -> Tim
     output, rows = output_shadow(header, max(sizes.enough, _LEAST_OUTPUT))
     load = sum(shadow.nbytes for shadow in made) * len(places) / _LOAD_BYTES_PER_S
     each = min(max((_SECONDS - load) / n_windows, 0.4), 2.0)
-    kinds = "-".join((*sorted(set(layer_kinds(header))), output_kind(header)))
     return TimingPlan(
-        name=f"times {kinds} {places} {gpus and [gpu.name for gpu in gpus]}",
+        name=times_name(header, gpus),
         shadows=made,
         output=output,
         output_rows=rows,
@@ -95,6 +93,16 @@ def timing_plan(header: Header, gpus: tuple[Gpu, ...], room_on_disk: int) -> Tim
         each=each,
         seconds=n_windows * each + load,
     )
+
+
+def times_name(header: Header, gpus: tuple[Gpu, ...]) -> str:
+    """Under which a model's times are kept: they can be used again where memory is too short to measure them."""
+    kinds = "-".join((*sorted(set(layer_kinds(header))), output_kind(header)))
+    return f"times {kinds} {_places(gpus)} {gpus and [gpu.name for gpu in gpus]}"
+
+
+def _places(gpus: tuple[Gpu, ...]) -> list[tuple[Place, int]]:
+    return [("resident", 0), ("mapped", 0), *(("gpu", number) for number in range(len(gpus)))]
 
 
 def prompt_tokens(header: Header, room: int) -> int:

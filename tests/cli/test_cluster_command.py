@@ -166,6 +166,7 @@ def test_the_evening_of_a_user(home: Home) -> None:
     assert [device.name for device in alone.devices] == ["device-1"]
 
     assert "takes part in a cluster already" in attic.refusal("cluster", "join")
+    assert "is the head of a cluster that runs" in desk.refusal("cluster", "join")
     assert attic.said("cluster", "leave").startswith("left, and desk is forgotten here")
     assert join.wait(PATIENCE) == 128 + signal.SIGTERM
     assert "this machine is in no cluster yet" in attic.refusal("cluster", "join")
@@ -262,6 +263,7 @@ def test_what_can_not_work_is_one_line(home: Home) -> None:
     assert "no device named attic is paired" in desk.refusal("cluster", "forget", "attic")
     assert "no device is paired with this machine yet" in desk.said("cluster", "devices")
     assert desk.run("cluster", "up", "--headroom", "lots").returncode == 2
+    assert desk.run("cluster", "join", "--host", "1.2.3.4.5x").returncode == 2
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()

@@ -149,6 +149,15 @@ def test_a_log_says_what_is_new_and_nothing_twice() -> None:
     assert changes(STARTING, msgspec.structs.replace(STARTING, events=("laptop left",))) == ("laptop left",)
 
 
+def test_a_log_says_who_came_before_what_they_do_and_why_who_is_gone_once() -> None:
+    alone = msgspec.structs.replace(STARTING, devices=(DESK,))
+    came = msgspec.structs.replace(STARTING, devices=(DESK, LAPTOP), events=("laptop is here", "no plan: slow"))
+    assert changes(alone, came) == ("laptop is here", "laptop gets its weights: 2.1 of 21 GB", "no plan: slow")
+    gone = msgspec.structs.replace(LAPTOP, state="left")
+    left = msgspec.structs.replace(came, devices=(DESK, gone), events=(*came.events, "laptop left (stopped)"))
+    assert changes(came, left) == ("laptop left (stopped)",)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "new"),
     [
@@ -226,8 +235,7 @@ def test_a_device_shows_rates_from_its_last_two_beats() -> None:
     before = DeviceStats(memory_bytes=GB, available_bytes=4 * GB, read_bytes=10**9, cpu_seconds=10.0)
     now = msgspec.structs.replace(before, read_bytes=11 * 10**8, sent_bytes=5 * 10**4, cpu_seconds=10.5, stalled=0.2)
     text = shown(part_view(part_after(StatsNow(before), StatsNow(now))), 160)
-    assert "1.0 GB of memory, 4.0 GB free for others · disk 100.0 MB/s · sent 50.0 kB/s" in text
-    assert "computing 50 % of a core" in text
+    assert "1.0 GB of memory, 4.0 GB free · disk 100 MB/s · sent 50 kB/s · 50 % of a core" in text
     assert "short of memory 20 % of the time" in text
 
 
@@ -245,6 +253,7 @@ def test_a_devices_log_has_a_line_for_what_is_new() -> None:
     told: tuple[AgentEvent, ...] = (
         Seeking("10.0.0.1", ""),
         Seeking("10.0.0.1", "nothing answers"),
+        Seeking("fd00::1", "no way there", 2.0),
         Seeking("10.0.0.1", "nothing answers", 3.0),
         Connected("laptop", "10.0.0.1"),
         Working("load", 0.1),
@@ -260,6 +269,7 @@ def test_a_devices_log_has_a_line_for_what_is_new() -> None:
         part = after(part, event, 0.0)
     assert lines == [
         "looking for desk: nothing answers",
+        "looking for desk: no way there",
         "connected to desk (10.0.0.1) as laptop",
         "loading",
         "takes part with layers 2–4",

@@ -13,10 +13,11 @@ import msgspec
 import pytest
 
 from homeinfer.cli.main import main
+from homeinfer.cli.plan_tables import where
 from homeinfer.cluster.planning.model_shape import model_shape
 from homeinfer.cluster.planning.plan import Workload
 from homeinfer.cluster.planning.profile import DeviceProfile
-from homeinfer.cluster.planning.report import PlanReport
+from homeinfer.cluster.planning.report import PlannedWindow, PlanReport
 from homeinfer.model.header import read_header
 from tests.support.header_file import LLAMA_8B, LLAMA_70B, LlamaSize, write_header_file
 from tests.support.profiles import DESK, LAPTOP, MAC, PHONE, device_of, write_profile
@@ -283,3 +284,9 @@ def test_it_starts_as_an_installed_command_with_examples_in_its_help(small: Path
     ran = run(*asked(small, "desk", "laptop", "mac"))
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "32 on the GPU" in ran.stdout
+
+
+def test_streamed_layers_count_as_in_memory_where_nothing_is_read_from_disk() -> None:
+    window = PlannedWindow("desk", 0, 7, 2, 4, 1, "ggrrrrs")
+    assert where(window) == "4 in memory, 1 from disk, 2 on the GPU"
+    assert where(window, reads=False) == "5 in memory, 2 on the GPU"

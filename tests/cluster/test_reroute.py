@@ -24,7 +24,7 @@ OPTIONS = RingOptions(n_ctx=192, n_batch=64, n_seq=2, n_threads=1)
 TWO = [[(0, 10), (20, 30)], [(10, 20)]]
 """As plans make rings: the first device has the first window and the last one."""
 PROMPT: list[int] = []
-"""Counting: a text without near ties, since an answer that is resumed is computed in other parts."""
+"""Counting."""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,24 @@ def test_an_answer_goes_on_with_the_tokens_that_would_have_come(header: Header) 
             rest, finish = await ring.answer([*PROMPT, *told], greedy(60, resumed=len(told)))
             assert told + rest == whole
             assert (len(whole), finish.reason) == (60, "length")
+
+    asyncio.run(run())
+
+
+def test_an_ordinary_answer_goes_on_with_exactly_the_tokens_that_would_have_come(
+    smollm2_path: Path, header: Header
+) -> None:
+    """Its best tokens are at times hardly better than others: each number must be what it was."""
+    with closing(Tokenizer(str(smollm2_path))) as tokenizer:
+        prompt = tokenizer.encode("Once upon a time there was a small robot that")
+
+    async def run() -> None:
+        async with async_ring(header, TWO, OPTIONS) as ring:
+            whole, _ = await ring.answer(prompt, greedy(40, fresh=True))
+            for told in (1, 3, 5, 11, 13, 25, 39):
+                request = greedy(40, fresh=True, resumed=told)
+                rest, _ = await ring.answer([*prompt, *whole[:told]], request)
+                assert whole[:told] + rest == whole
 
     asyncio.run(run())
 

@@ -52,6 +52,27 @@ def test_answers_at_once_are_those_of_llama_cpp_one_after_the_other(
     assert agreement(expected, asyncio.run(run())).ties <= 1
 
 
+def test_ordinary_answers_at_once_are_exactly_what_each_is_alone(smollm2_path: Path, header: Header) -> None:
+    """Their best tokens are at times hardly better than others: each number must be what it is alone."""
+    with closing(Tokenizer(str(smollm2_path))) as tokenizer:
+        texts = ("Once upon a time there was a small robot that", "To make bread you need", "In the year 1969")
+        prompts = [tokenizer.encode(text) for text in texts]
+
+    async def run() -> None:
+        async with async_ring(header, TWO, OPTIONS, Pace(groups=2)) as ring:
+            alone = [(await ring.answer(prompt, greedy(40, fresh=True)))[0] for prompt in prompts]
+            for begin in (0, 1, 9, 20):
+                first: list[int] = []
+                tasks = [asyncio.ensure_future(ring.answer(prompts[0], greedy(40, fresh=True), tokens=first))]
+                while len(first) < begin:
+                    await asyncio.sleep(0.002)
+                for prompt in prompts[1:]:
+                    tasks.append(asyncio.ensure_future(ring.answer(prompt, greedy(40, fresh=True))))
+                assert [tokens for tokens, _ in await asyncio.gather(*tasks)] == alone
+
+    asyncio.run(run())
+
+
 def test_one_answer_is_stopped_and_another_refused_while_a_third_goes_on(
     header: Header, expected: list[Reference]
 ) -> None:

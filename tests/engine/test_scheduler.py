@@ -178,6 +178,7 @@ limits = st.builds(
     chunk=st.integers(0, 12),
     ahead=st.integers(1, 5),
     groups=st.integers(1, 3),
+    replay=st.sampled_from([0, 5, 1024]),
 )
 prompts = st.lists(st.integers(4, 9), min_size=1, max_size=N_CTX - 1)
 requests = st.builds(
@@ -263,6 +264,38 @@ def test_a_prompts_parts_follow_each_other_and_running_answers_go_on_between_the
         ring.arrive()
     assert most == 3
     assert len(ring.told[first]) >= before + 2
+
+
+@pytest.mark.parametrize(
+    ("replay", "parts"),
+    [(8, [8, 8, 8, 1, 1, 1, 1, 1]), (5, [8, 8, 8, 1, 1, 1, 1, 1]), (4, [8, 8, 8, 5]), (0, [8, 8, 8, 5])],
+)
+def test_what_was_told_goes_one_by_one_as_it_did_the_first_time(replay: int, parts: list[int]) -> None:
+    scheduler = Scheduler(Limits(n_seq=1, n_ctx=N_CTX, n_batch=16, chunk=8, ahead=3, replay=replay))
+    scheduler.ask(1, [5] * 29, request(resumed=5), can_shift=True)
+    sent, ahead, prefilled = list[int](), 0, 0
+    while sum(sent) < 29:
+        numbers = []
+        while (work := scheduler.next()) is not None:
+            assert work.batch is not None
+            sent.append(len(work.batch.tokens))
+            assert work.batch.wanted.any() == (sum(sent) == 29)
+            numbers.append(work.number)
+        ahead = max(ahead, len(numbers))
+        for number in numbers:
+            ((_, prefilled),) = scheduler.back(number).prefilled
+    assert (sent, ahead, prefilled) == (parts, 3, 29)
+
+
+def test_the_prompt_before_it_has_the_parts_that_it_had_the_first_time() -> None:
+    its = Limits(n_seq=1, n_ctx=1024, n_batch=128, ahead=3)
+    for told in (0, 1, 90, 400):
+        scheduler = Scheduler(its)
+        scheduler.ask(1, [5] * (500 + told), request(resumed=told), can_shift=True)
+        work = scheduler.next()
+        assert work is not None
+        assert work.batch is not None
+        assert len(work.batch.tokens) == chunk_of(500, its)
 
 
 def test_groups_share_the_answers() -> None:

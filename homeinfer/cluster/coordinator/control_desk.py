@@ -12,7 +12,7 @@ import zmq
 from homeinfer import __version__
 from homeinfer.cluster.members import Member, Members, free_name
 from homeinfer.cluster.wire import control
-from homeinfer.cluster.wire.control import MOST_BYTES, PROTOCOL, FromAgent, FromHead, Hello, Refuse
+from homeinfer.cluster.wire.control import MOST_FROM_AGENT, PROTOCOL, FromAgent, FromHead, Hello, Refuse
 from homeinfer.cluster.wire.secure import Secure, bound_port, frames_of, sender_host, sender_key
 from homeinfer.errors import HomeinferError
 
@@ -49,7 +49,7 @@ class ControlDesk:
         self._on_said, self._on_note = on_said, on_note
         self._connections: dict[str, tuple[int, bytes]] = {}
         self._number = 0
-        self._socket = secure.router(f"tcp://*:{port or '*'}", "control", self._is_allowed, MOST_BYTES)
+        self._socket = secure.router(f"tcp://*:{port or '*'}", "control", self._is_allowed, MOST_FROM_AGENT)
         self._socket.router_mandatory = True
         self.port = bound_port(self._socket)
 

@@ -18,7 +18,7 @@ from homeinfer.cluster.coordinator.control_desk import Said
 from homeinfer.cluster.coordinator.head import Head, opened_head
 from homeinfer.cluster.coordinator.make_plan import Planner
 from homeinfer.cluster.coordinator.options import ClusterOptions
-from homeinfer.cluster.coordinator.planning import planned
+from homeinfer.cluster.coordinator.planning import allows, planned
 from homeinfer.cluster.coordinator.ring_plan import hops_of
 from homeinfer.cluster.coordinator.settle import settle
 from homeinfer.cluster.coordinator.show import cluster_status, shown_plan
@@ -86,6 +86,7 @@ class Coordinator:
                 epoch=head.files.epoch(),
                 members=len(head.members.all()),
                 answering=head.answers.unfinished,
+                is_restart=head.is_restart or head.answers.unfinished > 0,
                 ring_head=ring_head,
                 model=head.model,
             )
@@ -264,10 +265,9 @@ class Coordinator:
 
     def _remembered(self, planner: Planner, head: Head) -> RingPlan | None:
         report = head.files.plan()
-        if report is None or report.constraints.head != head.name or not planner.fits(report):
+        if report is None or report.constraints.head != head.name:
             return None
-        names = {window.device for window in report.windows}
-        if len(report.devices) < self._options.devices or not names.isdisjoint(self._options.forbidden):
+        if not planner.fits(report) or not allows(self._options, report):
             return None
         with contextlib.suppress(HomeinferError):
             return planner.of_report(report)

@@ -24,6 +24,7 @@ from homeinfer.cluster.coordinator.running import (
     remove_running,
     run_folder,
     running_cluster,
+    was_killed,
     write_running,
 )
 from homeinfer.cluster.coordinator.state import Model
@@ -85,6 +86,7 @@ class Head:
             on_change=lambda code, why: self._code_changed(code, why, to),
         )
         self.code: str | None = None
+        self.is_restart = was_killed(folder)
         self.clients = Clients(secure, run_folder(folder), to.on_client)
         self.ring = _ring_client(run_folder(folder), secure)
         self.answers = Answers(

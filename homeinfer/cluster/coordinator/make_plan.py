@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from homeinfer.cluster.coordinator.options import ClusterOptions
 from homeinfer.cluster.coordinator.planning import gain
 from homeinfer.cluster.coordinator.ring_plan import ring_plan
@@ -62,7 +64,8 @@ class Planner:
     def fits(self, report: PlanReport) -> bool:
         """Whether an earlier plan is for this model and what is wanted now."""
         wire = report.workload.wire if self._options.wire == "auto" else self._options.wire
-        return report.model.digest == self._manifest.digest and report.workload == self.workload(wire)
+        wanted = msgspec.structs.replace(self.workload(wire), n_batch=report.workload.n_batch)  # the planner's choice
+        return report.model.digest == self._manifest.digest and report.workload == wanted
 
     def _needed(self, first: int, last: int) -> frozenset[int]:
         return frozenset(needed_tensors(self._header, self._manifest, first, last))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from homeinfer.cluster.coordinator import placing
+from homeinfer.cluster.coordinator.options import ClusterOptions
 from homeinfer.cluster.coordinator.state import Cluster, MakePlan, Note, Outcome, RingPlan, names, usable
 from homeinfer.cluster.coordinator.trust import plannable
 from homeinfer.cluster.planning.profile import DeviceProfile
@@ -16,6 +17,13 @@ _BETTER = 0.05
 
 def usable_names(cluster: Cluster, now: float) -> frozenset[str]:
     return names(usable(cluster, now))
+
+
+def allows(options: ClusterOptions, report: PlanReport) -> bool:
+    """Whether an earlier plan has the devices that are asked for now."""
+    used = {window.device for window in report.windows}
+    is_enough = len(report.devices) >= options.devices
+    return is_enough and used.isdisjoint(options.forbidden) and used.issuperset(options.required)
 
 
 def ask_for_plan(cluster: Cluster, now: float) -> Outcome:

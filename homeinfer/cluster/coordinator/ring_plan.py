@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import cast
 
 from homeinfer.cluster.coordinator.state import Cluster, DeviceView, RingPlan
+from homeinfer.cluster.engine_messages import Pace
 from homeinfer.cluster.planning.plan import LayerPlace
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.wire.control import EngineOptions, Neighbour, Part, Route, RouteHop, WindowRun
+from homeinfer.engine.scheduler import MOST_REPLAYED
 
 Needed = Callable[[int, int], frozenset[int]]
 """Numbers of the tensors that a window of layers [first, last) is cut from."""
@@ -49,6 +51,7 @@ def route_of(cluster: Cluster, name: str) -> Route:
             next_hop = None if following == name else engine_address(cluster.device(following))
             hops.append(RouteHop(hop, window, next_hop))
     first = plan.hops[0][0]
+    pace = _pace(cluster.options.sequences, plan)
     return Route(
         epoch=cluster.epoch,
         hops=tuple(hops),
@@ -56,8 +59,19 @@ def route_of(cluster: Cluster, name: str) -> Route:
         head=cluster.ring_head,
         first=None if first == teller else engine_address(cluster.device(first)),
         allowed=tuple(sorted({cluster.device(each).key for each in plan.parts})),
-        groups=min(cluster.options.sequences, len(plan.parts)),
+        chunk=pace.chunk,
+        ahead=pace.ahead,
+        groups=pace.groups,
+        replay=pace.replay,
     )
+
+
+def _pace(sequences: int, plan: RingPlan) -> Pace:
+    """Where any device reads weights from its disk, in few steps one after the other, since each reads them all. (The
+    buffer of streamed layers may have room for all of them: then they are read once.)"""
+    if any(device.read_bytes for device in plan.report.devices):
+        return Pace(chunk=plan.report.workload.n_batch, ahead=1, groups=1, replay=1)
+    return Pace(groups=min(sequences, len(plan.parts)), replay=MOST_REPLAYED)
 
 
 def engine_address(device: DeviceView) -> Neighbour:

@@ -34,10 +34,16 @@ def running_cluster(folder: Path) -> RunningCluster | None:
     """The cluster of a state folder, or None when none runs (one that was killed has left its file, and counts not)."""
     try:
         found = msgspec.json.decode((run_folder(folder) / _FILE).read_bytes(), type=RunningCluster)
-        is_it = abs(psutil.Process(found.pid).create_time() - found.began) < 1
+        process = psutil.Process(found.pid)
+        is_it = abs(process.create_time() - found.began) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, msgspec.MsgspecError, psutil.Error, UnicodeDecodeError):
         return None
     return found if is_it else None
+
+
+def was_killed(folder: Path) -> bool:
+    """Whether the cluster that ran here last had no time to say that it runs no more. Only while none runs."""
+    return (run_folder(folder) / _FILE).exists()
 
 
 def began() -> float:

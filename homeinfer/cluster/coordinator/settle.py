@@ -8,8 +8,9 @@ from homeinfer.cluster.coordinator.state import Cluster, Outcome, RingPlan, usab
 
 KNOWN_SECONDS = 8.0
 """How long the head waits for devices that are registered, where nobody said how long."""
-_REMEMBERED_SECONDS = 12.0
-"""How long for the devices of the plan that ran last, which then runs again as it was."""
+_REMEMBERED_SECONDS = 8.0
+"""How long for the devices of the plan that ran last, which then runs again as it was; and how long at most for any
+after the head was killed."""
 _ROUNDS = 8
 
 
@@ -50,8 +51,11 @@ def _wait(cluster: Cluster, now: float) -> Outcome:
     if not cluster.model.manifest.digest:
         return Outcome(cluster)  # the model is being read
     remembered = cluster.remembered
-    if remembered is not None and _can_run(cluster, remembered, now):
-        return placing.adopt(cluster.having(remembered=None, basis=frozenset(remembered.parts)), remembered, now)
+    is_full = cluster.is_restart or len(usable_names(cluster, now)) >= cluster.options.devices
+    if remembered is not None and is_full and _can_run(cluster, remembered, now):
+        wire = remembered.report.workload.wire
+        known = cluster.having(remembered=None, basis=frozenset(remembered.parts), wire=wire)
+        return placing.adopt(known, remembered, now)
     if remembered is not None and now - cluster.began < _REMEMBERED_SECONDS:
         return Outcome(cluster)
     measured = frozenset(device.name for device in usable(cluster, now) if device.is_measured)
@@ -73,6 +77,8 @@ def _may_start(cluster: Cluster, now: float) -> bool:
     if cluster.head not in there:
         return False
     if cluster.tried or cluster.recovery is not None:
+        return True
+    if cluster.is_restart and waited >= _REMEMBERED_SECONDS:
         return True
     if options.devices:
         return len(there) >= options.devices

@@ -21,6 +21,9 @@ def disk_share(report: PlanReport, name: str, rates: Rates) -> float:
 
 def device_status(cluster: Cluster, device: DeviceView, rates: Rates) -> DeviceStatus:
     planned, streamed, waited = 0, 0, 0.0
+    detail = device.problem or device.detail
+    if cluster.plan is not None and device.is_alive and device.name not in cluster.plan.parts:
+        detail = detail or reason_of(cluster.plan.report, device.name)
     if cluster.plan is not None and device.name in cluster.plan.parts:
         report = cluster.plan.report
         planned = sum(each.memory_bytes for each in report.devices if each.name == device.name)
@@ -31,7 +34,7 @@ def device_status(cluster: Cluster, device: DeviceView, rates: Rates) -> DeviceS
         state=device_state(cluster, device),
         is_head=device.is_head,
         host=device.host,
-        detail=(device.problem or device.detail)[:2000],
+        detail=detail[:2000],
         share=device.share,
         layers=layers_of(cluster.plan, device.name) if cluster.plan is not None else (),
         streamed_layers=streamed,
@@ -43,6 +46,11 @@ def device_status(cluster: Cluster, device: DeviceView, rates: Rates) -> DeviceS
         disk_share=waited,
         holding_share=rates.holding_share,
     )
+
+
+def reason_of(report: PlanReport, name: str) -> str:
+    """Why a plan leaves a device out; "" where it doesn't know the device."""
+    return next((device.reason for device in report.devices if device.name == name), "")
 
 
 def device_state(cluster: Cluster, device: DeviceView) -> DeviceState:

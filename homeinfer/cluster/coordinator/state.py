@@ -118,7 +118,8 @@ class Cluster(msgspec.Struct, frozen=True):
     devices that the present plan, or the last trial to make one, could choose from. tried: why nothing could be made of
     them. planning: number of the plan that is being made, 0 for none. better: a plan to change to when no answer is
     being written. answering: answers under way. agreed: the user has said yes. unlinked: pairs whose link couldn't be
-    timed; suspects: those of the ring over which nothing came."""
+    timed; suspects: those of the ring over which nothing came. is_restart: the head was killed, or ended while it wrote
+    answers: whoever waits for those shall not wait for devices that stay away."""
 
     options: ClusterOptions
     model: Model
@@ -142,6 +143,7 @@ class Cluster(msgspec.Struct, frozen=True):
     remembered: RingPlan | None = None
     agreed: bool = False
     answering: int = 0
+    is_restart: bool = False
     recovery: Recovery | None = None
     recoveries: int = 0
     probes: tuple[Probing, ...] = ()

@@ -23,6 +23,9 @@ from homeinfer.model.header import Header
 
 _CONTEXT_STEP = 256
 _ADVICE_SIMULATIONS = 150
+_SMALLER_BATCHES = (256, 128, 64, 32)
+_WORTH_SMALLER = 0.9
+"""Halving the steps of prompts makes these slower, where layers are streamed by as much: worth it from here on."""
 _RULES = {"prima": "prima.cpp's rule", "proportional": "by memory", "even": "even split"}
 """What to call each of BASELINES."""
 
@@ -42,7 +45,8 @@ def plan_model(
     constraints: Constraints,
     on_progress: Callable[[float], None] | None = None,
 ) -> Planned:
-    """The best plan for a model on devices. A header without data is enough.
+    """The best plan for a model on devices. A header without data is enough. Where memory is short the plan may take
+    prompts in smaller steps than workload.n_batch; the plan's own workload says which.
 
     Raises HomeinferError for demands that can't be met: names that no profile has, devices that were not measured with
     this model, too little disk or memory, and a context that fits nowhere (with the largest that would).
@@ -54,13 +58,35 @@ def plan_model(
     check_kinds(shape, usable, head)
     check_disks(shape, usable)
     demands = msgspec.structs.replace(constraints, head=head, forbidden=())
-    problem = Problem(shape, usable, workload, demands)
-    try:
-        solution = solve(problem, on_progress)
-    except HomeinferError:
-        _refuse_context(header, problem)
-        raise
+    best: Planned | None = None
+    for n_batch in batch_sizes(workload.n_batch):
+        work = msgspec.structs.replace(workload, n_batch=n_batch)
+        problem = Problem(model_shape(header, work), usable, work, demands)
+        try:
+            found = _solved(problem, on_progress)
+        except HomeinferError:
+            if best is None and n_batch == batch_sizes(workload.n_batch)[-1]:
+                _refuse_context(header, problem)
+                raise
+            continue
+        if best is not None and found.value > _WORTH_SMALLER * best.value:
+            break
+        best = found
+        if not any(load.read_bytes for load in found.solution.prediction.loads):
+            break
+    assert best is not None
+    return best
+
+
+def _solved(problem: Problem, on_progress: Callable[[float], None] | None) -> Planned:
+    solution = solve(problem, on_progress)
     return Planned(problem, solution, Simulator(problem).value(solution.ring))
+
+
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """Tokens of a prompt in one step, from the most that is wanted down: fewer need less memory for intermediate
+    results, which layers may be worth more."""
+    return (most, *(n for n in _SMALLER_BATCHES if n < most))
 
 
 def _refuse_context(header: Header, problem: Problem) -> None:

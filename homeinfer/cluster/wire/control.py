@@ -19,6 +19,8 @@ LOST_SECONDS = 6.0
 """A device or head that said nothing for so long is taken for gone."""
 MOST_BYTES = 16 << 20
 """No control message is larger."""
+MOST_FROM_AGENT = 2 << 20
+"""Nor one of an agent than this: the longest says which tensors it holds, some bytes for each."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=2000)]
@@ -267,8 +269,8 @@ class RouteHop(msgspec.Struct, frozen=True):
 
 class Route(msgspec.Struct, frozen=True, tag="route"):
     """Where the engine's messages go in this epoch; older ones are dropped from now on, and its memory of all sequences
-    is emptied. allowed: keys of all devices of the ring. chunk, ahead, groups: engine_messages.Pace. Answered by
-    Joined."""
+    is emptied. allowed: keys of all devices of the ring. chunk, ahead, groups, replay: engine_messages.Pace. Answered
+    by Joined."""
 
     epoch: Epoch
     hops: tuple[RouteHop, ...]
@@ -279,6 +281,7 @@ class Route(msgspec.Struct, frozen=True, tag="route"):
     chunk: Count = 0
     ahead: Count = 0
     groups: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    replay: Count = 0
 
 
 class Loaded(msgspec.Struct, frozen=True, tag="loaded"):

@@ -10,8 +10,13 @@ import pytest
 from homeinfer.cluster.coordinator import events
 from homeinfer.cluster.coordinator.checking import culprits
 from homeinfer.cluster.coordinator.placing import FETCH_SECONDS, JOIN_SECONDS
+from homeinfer.cluster.coordinator.planning import allows
+from homeinfer.cluster.coordinator.ring_plan import route_of
+from homeinfer.cluster.coordinator.show import device_status
+from homeinfer.cluster.coordinator.speed import Rates
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.client import Order
+from homeinfer.engine.scheduler import MOST_REPLAYED
 from tests.cluster.coordinator.world import LAYERS, World, options, profile
 
 NAMES = ("desk", "box", "pad")
@@ -105,6 +110,83 @@ def test_the_plan_that_ran_last_runs_again_when_its_devices_are_there() -> None:
     world.run(2)
     assert world.ring() == set(NAMES)
     assert world.cluster.planned == 0
+    assert world.cluster.wire == "f32", "numbers stay what they are when it is planned anew"
+
+
+def test_the_plan_that_ran_last_waits_for_as_many_devices_as_it_is_told_to() -> None:
+    before = running()
+    world = World(options(devices=4), (*NAMES, "tower"))
+    world.cluster = world.cluster.having(remembered=before.cluster.plan)
+    world.turn_on(*NAMES)
+    world.run(30)
+    assert world.serving is None
+    world.turn_on("tower")
+    world.run(5)
+    assert world.ring() == {*NAMES, "tower"}
+
+
+@pytest.mark.parametrize("is_remembered", [True, False])
+def test_a_head_that_was_killed_waits_for_nobody_who_stays_away(is_remembered: bool) -> None:
+    before = running()
+    world = World(options(devices=3), NAMES)
+    remembered = before.cluster.plan if is_remembered else None
+    world.cluster = world.cluster.having(remembered=remembered, is_restart=True)
+    world.turn_on("desk", "box")
+    world.run(5)
+    assert world.serving is None
+    world.run(5)
+    assert world.ring() == {"desk", "box"}
+    world.turn_on("pad")
+    world.run(10)
+    assert world.ring() == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_allowed"),
+    [
+        ({}, True),
+        ({"devices": 3, "required": ("box",), "forbidden": ("tower",)}, True),
+        ({"devices": 4}, False),
+        ({"required": ("tower",)}, False),
+        ({"forbidden": ("box",)}, False),
+    ],
+)
+def test_an_earlier_plan_must_have_the_devices_that_are_asked_for(asked: dict[str, object], is_allowed: bool) -> None:
+    plan = running().cluster.plan
+    assert plan is not None
+    assert allows(options(**asked), plan.report) == is_allowed
+
+
+@pytest.mark.parametrize(("read_bytes", "pace"), [(0, (0, 0, 2, MOST_REPLAYED)), (1000, (512, 1, 1, 1))])
+def test_where_a_device_reads_from_its_disk_the_ring_is_fed_in_few_steps(
+    read_bytes: int, pace: tuple[int, int, int, int]
+) -> None:
+    world = running(sequences=2)
+    plan = world.cluster.plan
+    assert plan is not None
+    *others, last = plan.report.devices
+    devices = (*others, msgspec.structs.replace(last, read_bytes=read_bytes))
+    report = msgspec.structs.replace(plan.report, devices=devices)
+    cluster = world.cluster.having(plan=msgspec.structs.replace(plan, report=report))
+    for name in NAMES:
+        route = route_of(cluster, name)
+        assert (route.chunk, route.ahead, route.groups, route.replay) == pace
+
+
+def test_a_device_that_is_left_out_says_why() -> None:
+    world = running()
+    plan = world.cluster.plan
+    assert plan is not None
+    parts = {name: part for name, part in plan.parts.items() if name != "pad"}
+    reason = "the others are faster without it"
+    devices = tuple(
+        msgspec.structs.replace(device, used=False, reason=reason) if device.name == "pad" else device
+        for device in plan.report.devices
+    )
+    report = msgspec.structs.replace(plan.report, devices=devices)
+    cluster = world.cluster.having(plan=msgspec.structs.replace(plan, parts=parts, report=report))
+    shown = {name: device_status(cluster, cluster.device(name), Rates()).detail for name in NAMES}
+    assert shown == {"desk": "", "box": "", "pad": reason}
 
 
 def test_an_engine_that_crashed_is_loaded_again_and_the_others_keep_theirs() -> None:
