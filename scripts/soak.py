@@ -21,7 +21,18 @@ import time
 from pathlib import Path
 
 import psutil
-from home_cluster import TESTBED, Home, HomeOptions, LoopbackHome, code_of, home, machine, print_json, wait_for
+from home_cluster import (
+    TESTBED,
+    Home,
+    HomeOptions,
+    LoopbackHome,
+    code_of,
+    home,
+    machine,
+    print_json,
+    up_words,
+    wait_for,
+)
 from soak_answers import HANG_SECONDS, Answer, Chat, references
 from soak_faults import Faults, draw
 
@@ -39,7 +50,7 @@ PROMPTS = (
     "def fibonacci(n):",
     "Dear Sir or Madam,",
 )
-MINUTES_PER_FAULT = 0.42
+MINUTES_PER_FAULT = 0.35
 
 
 class Evening:
@@ -64,8 +75,8 @@ class Evening:
         if device:
             self.made.start(device, "cluster", "join", *self._code(device), "--name", name, "--stay", *where)
             return
-        words = ("--devices", str(self.made.count), "--ctx", "512", "--sequences", "2", "--port", self._port)
-        self.made.start(0, "cluster", "up", str(self._model), "--yes", "--name", name, *words, *where)
+        words = ("--ctx", "512", "--sequences", "2", "--port", self._port)
+        self.made.start(0, *up_words(self.made, self._model, *words), *where)
 
     def _code(self, device: int) -> tuple[str, ...]:
         """Only the first time: a code holds once and for ten minutes, a registered device needs none."""
