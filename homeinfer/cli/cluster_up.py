@@ -25,6 +25,8 @@ from homeinfer.folders import state_folder
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import read_header
 
+_CTRL_C = 128 + signal.SIGINT
+
 
 class Wishes(msgspec.Struct, frozen=True):
     """The options of `cluster up`, as typed."""
@@ -94,6 +96,8 @@ async def _stay(options: ClusterOptions, *, asks: bool) -> None:
             await asyncio.wait({running, watching, waiting}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await end_task(waiting)
+            if stopped.code == _CTRL_C:
+                coordinator.order(Order("down"))  # whoever waits for an answer is told so
             coordinator.stop()
             try:
                 await end_task(watching)

@@ -112,7 +112,7 @@ class RingPipeline:
                 continue
             if isinstance(message[0], Finished):
                 return message[0].finish
-            if isinstance(message[0], Told):
+            if isinstance(message[0], Told) and not is_cancelled:
                 self.spent, self.choosing = message[0].spent, message[0].choosing
                 on_token(message[0].token)
 

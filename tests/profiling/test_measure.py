@@ -111,6 +111,16 @@ def test_what_was_measured_is_not_measured_again_but_free_memory_and_disk_are(
     assert plain.window_ms == profile.window_ms
 
 
+def test_what_was_measured_serves_where_memory_is_too_short_to_measure_it(
+    profile: DeviceProfile, header: Header, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise HomeinferError("too little memory")
+
+    monkeypatch.setattr(measure, "timing_plan", refuse)
+    assert measure_profile(header, ProfileOptions(n_threads=1)).times == profile.times
+
+
 def test_another_number_of_threads_is_another_measurement(profile: DeviceProfile, tmp_path: Path) -> None:
     one, two = (Cache(this_machine(), n, tmp_path) for n in (1, 2))
     one.put("disk", profile.disk)

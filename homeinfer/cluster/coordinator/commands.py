@@ -31,7 +31,7 @@ class Owner(Protocol):
     def cluster(self) -> Cluster: ...
     def make_plan(self, asked: MakePlan) -> None: ...
     def note(self, text: str) -> None: ...
-    def end(self, reason: str) -> None: ...
+    def end(self, reason: str, *, is_problem: bool = False) -> None: ...
 
 
 class Performer:
@@ -61,8 +61,8 @@ class Performer:
                 owner.note(text)
                 if is_notice:
                     head.answers.notice(text)
-            case End(reason):
-                owner.end(reason)
+            case End(reason, is_problem):
+                owner.end(reason, is_problem=is_problem)
 
     def _keep_profile(self, name: str) -> None:
         cluster = self._owner.cluster

@@ -165,8 +165,12 @@ class Coordinator:
         if not self._events or self._events[-1] != text:
             self._events.append(text)
 
-    def end(self, reason: str) -> None:
-        if self._ending is not None and not self._ending.done():
+    def end(self, reason: str, *, is_problem: bool = False) -> None:
+        if self._ending is None or self._ending.done():
+            return
+        if is_problem:
+            self._ending.set_exception(HomeinferError(reason))
+        else:
             self._ending.set_result(reason)
 
     def open_code(self) -> str | None:
@@ -313,7 +317,7 @@ class Coordinator:
         try:
             await head.pairing.open()
         except HomeinferError as problem:
-            self.note(f"no pairing code: {problem}")
+            self.note(f"no pairing code: {problem} (pairing takes the port that follows --port)")
 
     def _forget(self, name: str) -> str | None:
         if self._head is None:

@@ -251,7 +251,7 @@ def _sorry(cluster: Cluster, device: DeviceView, about: str, reason: str, now: f
             left_out = cluster.with_device(name, problem=reason, moved=now, measuring=False, task="", share=None)
             is_new = reason != device.problem_before
             commands: tuple[Command, ...] = (Note(f"{name} is left out: {reason}"),) if is_new else ()
-            is_head = (End(f"{name}, the head: {reason}"),) if device.is_head else ()
+            is_head = (End(f"{name}, the head: {reason}", is_problem=True),) if device.is_head else ()
             return Outcome(left_out, (*commands, *is_head))
         case "fetch":
             failures = device.fetch_failures + 1

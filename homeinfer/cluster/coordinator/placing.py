@@ -91,7 +91,8 @@ def crashed(cluster: Cluster, name: str, why: str, now: float, *, is_memory: boo
     share = device.memory_share * (_LESS_MEMORY if is_memory else 1.0)
     cluster = cluster.with_device(name, engine=None, crashes=crashes, memory_share=share, task="", share=None)
     if device.is_head and is_hopeless(crashes, now):
-        return Outcome(cluster, (End(f"the engine of {name}, the head, ends again and again: {why}"),))
+        ending = f"the engine of {name}, the head, ends again and again: {why}"
+        return Outcome(cluster, (End(ending, is_problem=True),))
     pause = pause_after_crashes(crashes, now)
     if pause:
         cluster = cluster.with_device(name, shunned_until=now + pause)

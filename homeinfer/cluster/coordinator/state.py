@@ -227,9 +227,10 @@ class Note(msgspec.Struct, frozen=True):
 
 
 class End(msgspec.Struct, frozen=True):
-    """The cluster ends."""
+    """The cluster ends. is_problem: nobody asked for that."""
 
     reason: str
+    is_problem: bool = False
 
 
 Command = Tell | MakePlan | KeepEpoch | KeepProfile | KeepPlan | Halt | Serve | Note | End

@@ -48,9 +48,9 @@ def interpolated(times: KindTimes, n_tokens: float) -> float:
 
 
 def step_cells(workload: Workload, behind: int) -> int:
-    """Cells that a decode step attends to beyond those that the profile's timing had (CELL_STEP): the cells of all
-    sequences are in one buffer, and llama.cpp goes through the filled part, whosever it is."""
-    filled = min(behind + 1, workload.n_ctx) * workload.sequences
+    """Cells that a token of a decode step attends to beyond those that the profile's timing had (CELL_STEP): the filled
+    part of its own sequence's buffer."""
+    filled = min(behind + 1, workload.n_ctx)
     return max(-(-filled // CELL_STEP) - 1, 0) * CELL_STEP
 
 

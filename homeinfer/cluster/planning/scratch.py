@@ -21,15 +21,20 @@ _WORK_BYTES = 34 / 32
 
 
 def cells(workload: Workload) -> int:
-    """Positions that a context has room for: those of all sequences are in one buffer."""
-    return -(-workload.n_ctx * workload.sequences // CELL_STEP) * CELL_STEP
+    """Positions that a context has room for, those of all sequences, each of which has a buffer of its own."""
+    return workload.sequences * sequence_cells(workload)
+
+
+def sequence_cells(workload: Workload) -> int:
+    """Positions of one sequence's buffer."""
+    return -(-workload.n_ctx // CELL_STEP) * CELL_STEP
 
 
 def scratch_bytes(header: Header, workload: Workload) -> int:
     """What one llama.cpp context of a window that is not the last computes in, for a whole batch."""
     n_embd = int(header.arch_get("embedding_length", 0))
     widths = layer_widths(header)
-    n_cells = cells(workload)
+    n_cells = sequence_cells(workload)
     masks = n_cells * (2 if _has_two_masks(header) else 1)
     heads = max(per_layer(header, "attention.head_count"), default=0) + _indexer_heads(header)
     attention = heads * n_cells + 3 * n_embd + widths.attention

@@ -1,0 +1,62 @@
+"""plan_model: what it chooses besides the windows."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import msgspec
+import pytest
+
+from homeinfer.cluster.planning.model_shape import model_shape
+from homeinfer.cluster.planning.plan import Constraints, Workload
+from homeinfer.cluster.planning.planner import batch_sizes, plan_model
+from homeinfer.errors import HomeinferError
+from homeinfer.model.header import Header, read_header
+from tests.support.header_file import LLAMA_8B, write_header_file
+from tests.support.profiles import LAPTOP, device_of
+
+WORK = Workload(n_ctx=1024, n_batch=512)
+GIGABYTE = 10**9
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
+    path = tmp_path_factory.mktemp("planner") / "model.gguf"
+    write_header_file(path, LLAMA_8B)
+    return read_header(path, allow_truncated=True)
+
+
+def chosen(header: Header, memory_bytes: int) -> tuple[int, int]:
+    """Tokens of a prompt in one step, and bytes read for each token, on one machine without a GPU."""
+    machine = msgspec.structs.replace(LAPTOP, memory_bytes=memory_bytes, gpu_bytes=0)
+    planned = plan_model(header, [device_of(machine, model_shape(header, WORK))], WORK, Constraints())
+    return planned.problem.workload.n_batch, sum(load.read_bytes for load in planned.solution.prediction.loads)
+
+
+def test_prompts_are_taken_in_the_largest_steps_where_memory_suffices(header: Header) -> None:
+    assert chosen(header, 16 * GIGABYTE) == (512, 0)
+
+
+def test_a_model_that_fits_only_with_smaller_steps_gets_them(header: Header) -> None:
+    steps = range(4 * GIGABYTE, 8 * GIGABYTE, 20_000_000)
+    needed = steps[bisect_left(steps, True, key=lambda n: chosen(header, n)[1] == 0)]
+    n_batch, _ = chosen(header, needed)
+    assert n_batch < 512
+    assert chosen(header, needed + GIGABYTE) == (512, 0)
+
+
+def test_steps_stay_large_where_smaller_ones_would_help_little(header: Header) -> None:
+    n_batch, read = chosen(header, 2 * GIGABYTE)
+    assert read > GIGABYTE
+    assert n_batch == 512
+
+
+def test_no_step_is_larger_than_wanted() -> None:
+    assert batch_sizes(512) == (512, 256, 128, 64, 32)
+    assert batch_sizes(100) == (100, 64, 32)
+    assert batch_sizes(8) == (8,)
+
+
+def test_too_little_memory_for_any_step_is_one_line(header: Header) -> None:
+    with pytest.raises(HomeinferError, match="take a shorter context"):
+        chosen(header, 200_000_000)
