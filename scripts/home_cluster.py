@@ -149,9 +149,11 @@ def home(options: HomeOptions, testbed: Path = TESTBED, *, loopback: bool = Fals
         made.down()
 
 
-def bring_up(made: Home, model: Path, *words: str, patience: float = 600.0) -> ClusterStatus:
+def bring_up(
+    made: Home, model: Path, *words: str, patience: float = 600.0, joining: Sequence[str] = ()
+) -> ClusterStatus:
     """`cluster up` on device 0, `cluster join` on the others, until it is ready; all of them take part, also where one
-    alone would be faster. words: more for `cluster up`.
+    alone would be faster. words: more for `cluster up`; joining: for `cluster join`.
 
     Raises SystemExit with the devices' last words when it does not come up.
     """
@@ -159,7 +161,7 @@ def bring_up(made: Home, model: Path, *words: str, patience: float = 600.0) -> C
     used = ""
     for device in range(1, made.count):
         used = code_of(made, used)
-        made.start(device, "cluster", "join", used, "--name", f"device-{device}", "--stay")
+        made.start(device, "cluster", "join", used, "--name", f"device-{device}", "--stay", *joining)
     return wait_for(made, lambda status: status.state == "ready", patience)
 
 
