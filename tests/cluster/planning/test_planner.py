@@ -60,3 +60,15 @@ def test_no_step_is_larger_than_wanted() -> None:
 def test_too_little_memory_for_any_step_is_one_line(header: Header) -> None:
     with pytest.raises(HomeinferError, match="take a shorter context"):
         chosen(header, 200_000_000)
+
+
+def test_layers_stay_in_memory_where_streaming_them_would_read_nothing(header: Header) -> None:
+    machine = device_of(
+        msgspec.structs.replace(LAPTOP, memory_bytes=16 * GIGABYTE, gpu_bytes=0), model_shape(header, WORK)
+    )
+    faster = [
+        msgspec.structs.replace(t, decode_1_ms=t.decode_1_ms * 0.7) if t.place == "mapped" else t for t in machine.times
+    ]
+    disturbed = msgspec.structs.replace(machine, times=tuple(faster))
+    planned = plan_model(header, [disturbed], WORK, Constraints())
+    assert {window.places for window in planned.solution.ring.windows} == {"r" * 32}

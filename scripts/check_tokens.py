@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Whether a cluster's greedy tokens are those of llama.cpp alone, on the same file.
+
+    scripts/check_tokens.py [MODEL.gguf …] [--devices 1 2 3 4] [--tokens 40] [--loopback]
+
+For each model (the embedded one unless named) and number of devices it brings a real cluster up in which all devices
+take part, asks several prompts, and takes it down. Prints JSON: for each set-up `equal`, `ties` (differences at which
+llama.cpp's two best logits are closer than 0.05) and `wrong` (others), and the windows. Exit code 1 when one is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from home_cluster import TESTBED, Home, HomeOptions, bring_up, home, machine, print_json
+from soak import PROMPTS, free_port
+from soak_answers import Reference, judge, references
+
+from homeinfer.cli.opening import default_model
+from homeinfer.cluster.client import ClusterTeller
+from homeinfer.cluster.wire.client import ClusterStatus
+from homeinfer.engine.generate import Request
+from homeinfer.engine.sampling import Sampling
+
+
+def answers(made: Home, status: ClusterStatus, known: tuple[Reference, ...]) -> list[list[int]]:
+    """The cluster's tokens for each prompt."""
+    found: list[list[int]] = []
+    with closing(ClusterTeller(made.folder(0), status)) as teller:
+        for reference in known:
+            tokens: list[int] = []
+            request = Request(Sampling(temperature=0), limit=len(reference.tokens), fresh=True)
+            teller.tell(reference.prompt, request, tokens.append, lambda: False)
+            found.append(tokens)
+    return found
+
+
+def compared(made: Home, model: Path, known: tuple[Reference, ...], *, loopback: bool) -> dict[str, object]:
+    where = ("--host", "127.0.0.1", "--port", str(free_port())) if loopback else ()
+    status = bring_up(made, model, "--ctx", "512", *where, joining=where[:2])
+    judged = [judge(r, tokens) for r, tokens in zip(known, answers(made, status, known), strict=True)]
+    return {
+        "model": model.name,
+        "devices": made.count,
+        "windows": {d.name: str(d.layers) for d in status.devices},
+        "equal": sum(wrong is None and not tie for wrong, tie in judged),
+        "ties": sum(tie for _, tie in judged),
+        "wrong": [wrong for wrong, _ in judged if wrong is not None],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="*")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--loopback", action="store_true")
+    parser.add_argument("--testbed", type=Path, default=TESTBED)
+    a = parser.parse_args()
+    found = []
+    for model in [path.resolve() for path in a.models] or [default_model()]:
+        known = references(model, PROMPTS, a.tokens)
+        for count in a.devices:
+            with home(HomeOptions(("none",) * count, name="tokens"), a.testbed, loopback=a.loopback) as made:
+                found.append(compared(made, model, known, loopback=a.loopback))
+            print(found[-1], file=sys.stderr, flush=True)
+    said = machine(("scripts/check_tokens.py", *sys.argv[1:])) | {"setups": found}
+    print_json(said)
+    return 1 if any(each["wrong"] for each in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
