@@ -68,7 +68,10 @@ static char *pack_f16(const float *row, size_t n, char *out) {
     memcpy(out, &scale, sizeof scale);
     out += sizeof scale;
     for (size_t i = 0; i < n; ++i) {
-        const uint16_t half = isfinite(row[i]) ? half_of(row[i] / scale) : 0x7E00u;
+        uint16_t half = isfinite(row[i]) ? half_of(row[i] / scale) : 0x7E00u;
+        if (isinf(float_of_half(half) * scale)) { /* rounded up past the largest number there is */
+            --half;
+        }
         memcpy(out + 2 * i, &half, sizeof half);
     }
     return out + 2 * n;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -46,6 +46,8 @@ def residuals(n: int = 64, width: int = 576, most: float = 1e4) -> Floats:
 
 
 @pytest.mark.parametrize("wire", WIRES)
+@settings(derandomize=True, deadline=None)
+@example(rows=np.array([[3.4028e38, -3.401993e38]], np.float32))
 @given(rows=some_rows)
 def test_what_goes_in_finite_comes_out_finite(wire: Wire, rows: Floats) -> None:
     assert np.isfinite(through(wire, rows)).all()

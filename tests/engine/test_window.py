@@ -135,33 +135,22 @@ def test_an_edit_outside_the_memory_is_refused(edit: KvEdit, first: LayerWindow)
     still_works(first)
 
 
-def test_sequences_of_unequal_length_in_one_batch_are_as_if_alone(halves: list[LayerWindow]) -> None:
-    lengths = {0: 5, 2: 3, 1: 1}
-    parts = np.split(TOKENS[:9], np.cumsum(list(lengths.values()))[:-1])
-    empty(halves)
-    alone = [
-        forward(halves, Batch(part, np.arange(n, dtype=np.int32), np.full(n, s, np.int32), np.ones(n, np.bool_)))
-        for part, (s, n) in zip(parts, lengths.items(), strict=True)
-    ]
-    empty(halves)
-    positions = np.concatenate([np.arange(n) for n in lengths.values()]).astype(np.int32)
-    sequences = np.repeat(list(lengths), list(lengths.values())).astype(np.int32)
-    together = forward(halves, Batch(TOKENS[:9], positions, sequences, np.ones(9, np.bool_)))
-    assert together.shape == (9, N_VOCAB)
-    np.testing.assert_allclose(together, np.concatenate(alone), atol=0.02)
+def test_neighbouring_sequences_in_one_batch_are_exactly_as_if_alone(halves: list[LayerWindow]) -> None:
+    def begun(sequence: int, n: int) -> None:
+        tokens, positions = TOKENS[:n] + sequence, np.arange(n, dtype=np.int32)
+        forward(halves, Batch(tokens, positions, np.full(n, sequence, np.int32), np.zeros(n, np.bool_)))
 
-
-def test_interleaved_sequences_keep_the_order_of_their_rows(halves: list[LayerWindow]) -> None:
+    sequences, positions = ints(0, 1, 2), ints(5, 3, 1)
     empty(halves)
-    sequences = ints(0, 1, 0, 0, 1, 2)
-    positions = ints(0, 0, 1, 2, 1, 0)
-    together = forward(halves, Batch(TOKENS[:6], positions, sequences, np.ones(6, np.bool_)))
-    empty(halves)
-    single = [
-        forward(halves, Batch(TOKENS[i : i + 1], positions[i : i + 1], sequences[i : i + 1], np.ones(1, np.bool_)))[0]
-        for i in range(6)
-    ]
-    np.testing.assert_allclose(together, np.stack(single), atol=0.02)
+    for sequence, n in enumerate(positions):
+        begun(sequence, n)
+    together = forward(halves, Batch(TOKENS[10:13], positions, sequences, np.ones(3, np.bool_)))
+    assert together.shape == (3, N_VOCAB)
+    for i, n in enumerate(positions):
+        empty(halves)
+        begun(i, n)
+        one = Batch(TOKENS[10 + i : 11 + i], positions[i : i + 1], sequences[i : i + 1], np.ones(1, np.bool_))
+        assert np.array_equal(forward(halves, one)[0], together[i])
 
 
 def test_only_wanted_rows_come_back(halves: list[LayerWindow]) -> None:
