@@ -18,11 +18,9 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +28,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import psutil
+from home_cluster import TESTBED, Home, HomeOptions, home
 
 from homeinfer.cluster.local import RingOptions, most_logits
 from homeinfer.cluster.local import threads as local_threads
@@ -54,7 +53,6 @@ from homeinfer.profiling.timer import timer
 from homeinfer.profiling.window_times import Bench, Patience
 
 N_CTX, N_BATCH, PROMPT, TOKENS, ANSWERS = 512, 64, 32, 19, 5
-NAME = "pred"
 SIZES = Sizes(enough=768_000_000, experts=0, most=2_000_000_000)
 """Larger than what the profile streams: a home's streamed layers are, and what lies below may cache less of it."""
 
@@ -95,39 +93,14 @@ class Result(msgspec.Struct, frozen=True):
     measured_ttft_ms: float
 
 
-class Home:
-    """The devices of one set-up, as the testbed makes them."""
-
-    def __init__(self, testbed: Path, setup: Setup) -> None:
-        self._words = (sys.executable, str(testbed), "--name", NAME)
-        self._setup = setup
-        self.count = len(setup.memory)
-
-    def is_large(self, device: int) -> bool:
-        """Whether a device has more than a gigabyte, and so memory to waste on huge pages."""
-        return self._setup.memory[device] == "none" or self._setup.memory[device].endswith("G")
-
-    def up(self) -> None:
-        self._run("up", str(self.count), "--mem", ",".join(self._setup.memory), "--rate", f"{self._setup.mbit}mbit")
-
-    def down(self) -> None:
-        self._run("down")
-
-    def on(self, device: int) -> tuple[str, ...]:
-        """Words before a command that is to run on a device."""
-        return (*self._words, "exec", str(device), "--")
-
-    def drop(self, folder: Path) -> None:
-        """Evict window files from the page cache: a limit means nothing where another's pages are used."""
-        self._run("drop", *map(str, folder.rglob("*.gguf")))
-
-    def _run(self, *words: str) -> None:
-        subprocess.run([*self._words, *words], check=True, capture_output=True)
+def is_large(memory: str) -> bool:
+    """Whether a device has more than a gigabyte, and so memory to waste on huge pages."""
+    return memory == "none" or memory.endswith("G")
 
 
-def profile(home: Home, device: int, model: Path) -> DeviceProfile:
+def profile(made: Home, device: int, model: Path) -> DeviceProfile:
     """What `homeinfer profile` says on a device, and its link, whose rate the testbed sets."""
-    command = [*home.on(device), sys.executable, "-m", "homeinfer", "profile", str(model), "--json"]
+    command = [*made.launch(device), sys.executable, "-m", "homeinfer", "profile", str(model), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"profile on device {device}: {done.stderr.strip()}")
@@ -153,34 +126,34 @@ def rate_beside_others(header: Header, threads: int) -> float:
     return rate
 
 
-def linked(home: Home, devices: list[DeviceProfile], token_bytes: int) -> tuple[DeviceProfile, ...]:
+def linked(made: Home, devices: list[DeviceProfile], token_bytes: int) -> tuple[DeviceProfile, ...]:
     """The profiles with every pair's link, measured over the ring's own sockets."""
     links: dict[str, list[Link]] = {device.name: [] for device in devices}
-    for i, j in itertools.combinations(range(home.count), 2):
-        ends = [(home.on(k), f"tcp://10.77.0.{k + 1}:*") for k in (i, j)]
+    for i, j in itertools.combinations(range(made.count), 2):
+        ends = [(made.launch(k), f"tcp://10.77.0.{k + 1}:*") for k in (i, j)]
         sizes = (token_bytes, N_BATCH * token_bytes)
         links[devices[i].name].append(measure_link(devices[j].name, ends[0], ends[1], sizes, devices[j].hop_ms))
     return tuple(msgspec.structs.replace(device, links=tuple(links[device.name])) for device in devices)
 
 
-def started(header: Header, ring: Ring, prediction: Prediction, home: Home, folder: Path, threads: int) -> RingPipeline:
+def started(header: Header, ring: Ring, prediction: Prediction, made: Home, threads: int) -> RingPipeline:
     """The planned engines, each in its namespace and with its own copy of its windows."""
     options = RingOptions(n_ctx=N_CTX, n_batch=N_BATCH, n_threads=threads)
     buffers = stream_bytes(prediction)
-    names = [f"device-{i}" for i in range(home.count)]
+    names = [f"device-{i}" for i in range(made.count)]
     used = [i for i, name in enumerate(names) if any(w.device == name for w in ring.windows)]
     devices = tuple(
         DeviceStart(
             name=names[i],
-            windows=device_windows(header, ring, names[i], options, folder / names[i]),
+            windows=device_windows(header, ring, names[i], options, made.root / names[i]),
             listen=f"tcp://10.77.0.{i + 1}:*",
-            launch=home.on(i),
+            launch=made.launch(i),
             stream_bytes=buffers[names[i]],
-            huge_pages=home.is_large(i),
+            huge_pages=is_large(made.options.memory[i]),
         )
         for i in used
     )
-    home.drop(folder)
+    made.drop()  # a limit means nothing where another's pages are used
     return start_ring(RingStart(devices, header.files[0].path, most_logits(header, N_BATCH), "tcp://10.77.0.254:*"))
 
 
@@ -220,24 +193,18 @@ def beside(device: DeviceProfile, rate: float) -> DeviceProfile:
 
 def run(setup: Setup, models: dict[str, Path], testbed: Path, rate: float) -> Result:
     """Make the home, profile, plan, run, compare."""
-    home = Home(testbed, setup)
     header = read_header(models[setup.model])
-    folder = Path(tempfile.mkdtemp(prefix="homeinfer-prediction-"))
-    try:
-        home.up()
+    with home(HomeOptions(setup.memory, mbit=setup.mbit, name="pred"), testbed) as made:
         shape = model_shape(header, Workload())
-        profiles = [beside(profile(home, i, models[setup.model]), rate) for i in range(home.count)]
-        devices = linked(home, profiles, shape.hidden_bytes)
+        profiles = [beside(profile(made, i, models[setup.model]), rate) for i in range(made.count)]
+        devices = linked(made, profiles, shape.hidden_bytes)
         workload = Workload(n_ctx=N_CTX, n_batch=N_BATCH, prompt_tokens=PROMPT + TOKENS // 2)
         constraints = Constraints(head="device-0", required=tuple(device.name for device in devices))
         solution = solve(Problem(model_shape(header, workload), devices, workload, constraints))
         with contextlib.closing(
-            started(header, solution.ring, solution.prediction, home, folder, devices[0].threads)
+            started(header, solution.ring, solution.prediction, made, devices[0].threads)
         ) as pipeline:
             tpot, computing, read_mb, ttft = measure(pipeline)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        home.down()
     predicted = solution.prediction
     asked = msgspec.structs.replace(workload, prompt_tokens=PROMPT)
     ttft_ms = Simulator(Problem(model_shape(header, asked), devices, asked, constraints)).predict(solution.ring).ttft_ms
@@ -306,8 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("small")
     parser.add_argument("large")
-    beside = Path(__file__).resolve().parents[2] / "shared" / "testbed" / "homes.py"
-    parser.add_argument("--testbed", type=Path, default=beside)
+    parser.add_argument("--testbed", type=Path, default=TESTBED)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of set-ups, from 0")
     parser.add_argument("--svg", type=Path, help="draw predicted against measured")
     a = parser.parse_args()

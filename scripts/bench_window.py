@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+from plain_llama import N_BATCH, PlainLlama
 
 from homeinfer.cluster.local import RingOptions, start_local_ring, window_specs
 from homeinfer.engine import runtime
@@ -37,7 +38,6 @@ from homeinfer.model.header import read_header
 from homeinfer.model.window_plan import split_layers
 
 N_CTX = 1024
-N_BATCH = 512
 
 
 class Steps(msgspec.Struct, frozen=True):
@@ -67,34 +67,14 @@ def answer(contender: Stepped, prompt: list[int], tokens: int) -> Steps:
     return Steps((times[1] - times[0]) * 1e3, [(b - a) * 1e3 for a, b in itertools.pairwise(times[1:])])
 
 
-class PlainLlama:
-    """llama.cpp as its own users run it: default loading and OpenMP settings, llama_decode, the last row's logits."""
+class Llama(PlainLlama):
+    """llama.cpp alone, as a contender."""
 
     def __init__(self, model: str, threads: int) -> None:
-        from llama_cpp import llama_cpp as lib
-
-        self._lib = lib
-        lib.llama_log_set(_SILENT, None)
-        lib.llama_backend_init()
-        self._model = lib.llama_model_load_from_file(model.encode(), lib.llama_model_default_params())
-        params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = N_CTX, N_BATCH, N_BATCH
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = 0
-        self._context = lib.llama_init_from_model(self._model, params)
-        self._n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model))
+        super().__init__(model, threads, N_CTX)
 
     def forward(self, batch: Batch) -> Floats:
-        import ctypes
-
-        tokens = np.ascontiguousarray(batch.tokens)
-        pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(pointer, len(tokens)))
-        logits = self._lib.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(logits, (self._n_vocab,)).copy()[None]
-
-    def clear(self) -> None:
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        return self.logits(np.ascontiguousarray(batch.tokens)).copy()[None]
 
 
 class Windows:
@@ -142,14 +122,8 @@ class Ring:
         return Steps((times[1] - times[0]) * 1e3, steps, spent[1:], choosing[1:])
 
 
-def silent(_level: int, _text: bytes, _user: object) -> None:
-    """llama.cpp's log, dropped."""
-
-
-_SILENT: Any = None
-
 CONTENDERS: dict[str, Callable[[str, int], Any]] = {
-    "llama_cpp": PlainLlama,
+    "llama_cpp": Llama,
     "layerwindow": lambda model, threads: Windows(model, threads, 1),
     "three_windows": lambda model, threads: Windows(model, threads, 3),
     "ring3": Ring,
@@ -158,11 +132,6 @@ CONTENDERS: dict[str, Callable[[str, int], Any]] = {
 
 def work(name: str, model: str, threads: int, link: Connection) -> None:
     """A contender's process: load, say so, then run one block per request until told to leave."""
-    if name == "llama_cpp":
-        from llama_cpp import llama_log_callback
-
-        global _SILENT
-        _SILENT = llama_log_callback(silent)
     contender = CONTENDERS[name](model, threads)
     link.send("ready")
     while (request := link.recv()) is not None:

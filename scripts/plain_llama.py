@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 N_BATCH = 512
 
@@ -46,24 +47,29 @@ class PlainLlama:
 
     def answer(self, n_prompt: int, n_tokens: int) -> list[float]:
         """Times, milliseconds."""
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+        self.clear()
         prompt = np.random.default_rng(0).integers(100, 20_000, n_prompt).astype(np.int32)
         times = []
         begin = time.perf_counter()
         for start in range(0, n_prompt, N_BATCH):
-            token = self._decode(prompt[start : start + N_BATCH])
+            token = int(self.logits(prompt[start : start + N_BATCH]).argmax())
         for _ in range(n_tokens):
             now = time.perf_counter()
             times.append((now - begin) * 1e3)
             begin = now
-            token = self._decode(np.array([token], np.int32))
+            token = int(self.logits(np.array([token], np.int32)).argmax())
         return times
 
-    def _decode(self, tokens: Any) -> int:
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def logits(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Of the last of these tokens, which follow those before. float32 (n_vocab,), valid until the next call."""
         pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(pointer, len(tokens)))
         logits = self._lib.llama_get_logits_ith(self._context, -1)
-        return int(np.ctypeslib.as_array(logits, (self._n_vocab,)).argmax())
+        return np.ctypeslib.as_array(logits, (self._n_vocab,))
 
 
 def main() -> None:
