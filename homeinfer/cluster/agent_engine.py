@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from homeinfer.cluster.engine_messages import Routes
     from homeinfer.cluster.engine_process import EngineProcess
 
-_IDLE_SECONDS, _BUSY_SECONDS = 0.25, 0.02
+_IDLE_SECONDS, _BUSY_SECONDS = 1.0, 0.02
+_BLIND_SECONDS = 0.25
+"""Where the system does not tell that a process has ended, it is looked at so often."""
 _HUGE_PAGES_BYTES = 1 << 30
 """A device with less memory free than this has none to waste on huge pages."""
 
+_GATHER_MS = 25.0
+"""Nobody reads faster than so."""
 _NO_MEMORY = ("no memory", "failed to allocate", "bad_alloc", "cannot allocate")
 
 Prepare = Callable[[], Awaitable[Windows]]
@@ -155,16 +159,19 @@ class Engine:
         """Tell what becomes of the engine; for ever."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _BUSY_SECONDS if self._is_busy else _IDLE_SECONDS)
+                await asyncio.wait_for(self._changed.wait(), self._pause)
                 await asyncio.sleep(_BUSY_SECONDS)
             self._changed.clear()
             self._look()
 
     @property
-    def _is_busy(self) -> bool:
-        if self._process is None or self._part != self._wanted:
-            return False
-        return "loaded" not in self._told or (self._route is not None and "joined" not in self._told)
+    def _pause(self) -> float:
+        if self._process is None:
+            return _IDLE_SECONDS
+        is_busy = "loaded" not in self._told or (self._route is not None and "joined" not in self._told)
+        if is_busy and self._part == self._wanted:
+            return _BUSY_SECONDS
+        return _IDLE_SECONDS if self._end is not None else _BLIND_SECONDS
 
     def _look(self) -> None:
         process, part = self._process, self._part
@@ -263,7 +270,7 @@ def routes_of(route: Route) -> Routes:
         head=peer(route.head),
         first=None if route.first is None else peer(route.first),
         allowed=route.allowed,
-        pace=Pace(route.chunk, route.ahead, route.groups, route.replay),
+        pace=Pace(route.chunk, route.ahead, route.groups, route.replay, _GATHER_MS),
     )
 
 

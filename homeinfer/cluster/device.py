@@ -11,7 +11,7 @@ import msgspec
 
 from homeinfer.cluster.engine_messages import Hop, Routes, Setup
 from homeinfer.cluster.teller import ModelVocabulary, Teller
-from homeinfer.cluster.wire.messages import Edits, Failure, Message, Prefilled, Spent, Step, Told, decode, encode
+from homeinfer.cluster.wire.messages import Edits, Failure, Message, News, Prefilled, Spent, Step, Told, decode, encode
 from homeinfer.cluster.wire.rows import pack, unpack
 from homeinfer.cluster.wire.transport import Links, Peer
 from homeinfer.engine.pipeline import Remove
@@ -95,7 +95,7 @@ class Device:
         if isinstance(message, Step | Edits | Failure):
             if message.hop in self._hops:
                 self._arrived(message, rows)
-        elif self._teller is not None and not isinstance(message, Told | Prefilled):
+        elif self._teller is not None and not isinstance(message, News | Told | Prefilled):
             self._teller.hear(message, rows)
 
     def _arrived(self, message: Step | Edits | Failure, rows: Any) -> None:

@@ -44,13 +44,15 @@ class Pace(msgspec.Struct, frozen=True):
 
     chunk: tokens of a prompt in one step. ahead: such steps under way at once. groups: most decode steps under way at
     once, each with its share of the sequences; whether so many or one are faster is found out while it runs. replay:
-    engine.scheduler.Limits.
+    engine.scheduler.Limits. gather_ms: tokens that follow each other faster are told together, so that the head and
+    its clients need not wake up for each while this device computes the next.
     """
 
     chunk: _Count = 0
     ahead: _Count = 0
     groups: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
     replay: _Count = 0
+    gather_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0.0
 
 
 class Routes(msgspec.Struct, frozen=True, tag="routes"):

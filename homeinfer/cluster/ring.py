@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -14,6 +14,7 @@ from homeinfer.cluster.wire.messages import (
     Failure,
     Finished,
     Message,
+    News,
     Spent,
     Step,
     Told,
@@ -107,14 +108,12 @@ class RingPipeline:
             if not is_cancelled and cancelled():
                 is_cancelled = True
                 self._cancel(step)
-            message = self._receive(step)
-            if message is None:
-                continue
-            if isinstance(message[0], Finished):
-                return message[0].finish
-            if isinstance(message[0], Told) and not is_cancelled:
-                self.spent, self.choosing = message[0].spent, message[0].choosing
-                on_token(message[0].token)
+            for message, _ in self._heard(step):
+                if isinstance(message, Finished):
+                    return message.finish
+                if isinstance(message, Told) and not is_cancelled:
+                    self.spent, self.choosing = message.spent, message.choosing
+                    on_token(message.token)
 
     def _cancel(self, step: int) -> None:
         self._links.send(self._shape.last, encode(Cancel(self._shape.epoch, step, 0)))
@@ -135,26 +134,26 @@ class RingPipeline:
     def _await(self, step: int) -> tuple[Message, memoryview]:
         """The answer to a step."""
         while True:
-            arrived = self._receive(step)
-            if arrived is None:
-                continue
-            if isinstance(arrived[0], Step):
-                self.spent = arrived[0].spent
-            return arrived
+            for message, rows in self._heard(step):
+                if isinstance(message, Step):
+                    self.spent = message.spent
+                return message, rows
 
-    def _receive(self, step: int) -> tuple[Message, memoryview] | None:
-        """The next message about a step, or None when none came for a while; what belongs to an earlier, interrupted
-        one is dropped. Raises HomeinferError for a failure in it, and when a device is gone."""
+    def _heard(self, step: int) -> Iterator[tuple[Message, memoryview]]:
+        """What comes next about a step, which may be nothing for a while; what belongs to an earlier, interrupted one
+        is dropped. Raises HomeinferError for a failure in it, and when a device is gone."""
         frames = self._links.receive()
         if frames is None:
             self._check()
-            return None
+            return
         message, rows = decode(frames)
-        if message.epoch != self._shape.epoch or message.step != step:
-            return None
-        if isinstance(message, Failure):
-            raise HomeinferError(f"{message.device}: {message.message}")
-        return message, rows
+        if message.epoch != self._shape.epoch:
+            return
+        for each in message.items if isinstance(message, News) else (message,):
+            if each.step == step:
+                if isinstance(each, Failure):
+                    raise HomeinferError(f"{each.device}: {each.message}")
+                yield each, rows
 
     def close(self) -> None:
         """End the ring and its devices. Safe to call twice."""

@@ -16,8 +16,8 @@ from homeinfer.cluster.wire.messages import (
     Failure,
     Finished,
     Message,
+    News,
     Prefilled,
-    Spent,
     Told,
     decode,
     encode,
@@ -110,12 +110,12 @@ class RingClient:
         self,
         prompt: Sequence[int],
         request: Request,
-        on_token: Callable[[int, tuple[Spent, ...]], None],
+        on_tokens: Callable[[Sequence[Told]], None],
         cancelled: asyncio.Event,
         signs: Signs | None = None,
     ) -> Finish:
-        """Let the ring write an answer. on_token gets each token and what it cost each window; `signs` is kept up to
-        date. The ring is told to stop when `cancelled` is set, or this task is cancelled.
+        """Let the ring write an answer. on_tokens gets the tokens, in order, as they come; `signs` is kept up
+        to date. The ring is told to stop when `cancelled` is set, or this task is cancelled.
 
         Raises RingFailed when a device can't go on, RingMoved when the ring is made anew meanwhile.
         """
@@ -130,19 +130,19 @@ class RingClient:
         self._send(ask, rows)
         watcher = asyncio.ensure_future(self._watch(cancelled, step))
         try:
-            return await self._follow(answering, on_token)
+            return await self._follow(answering, on_tokens)
         finally:
             watcher.cancel()
             if self._answers.pop(step, None) is not None and not answering.is_over:
                 self._send(Cancel(self._epoch, step, 0))
 
-    async def _follow(self, answering: _Answering, on_token: Callable[[int, tuple[Spent, ...]], None]) -> Finish:
+    async def _follow(self, answering: _Answering, on_tokens: Callable[[Sequence[Told]], None]) -> Finish:
         while True:
             match await answering.heard.get():
                 case None:
                     raise RingMoved("the ring was made anew")
-                case Told(token=token, spent=spent):
-                    on_token(token, spent)
+                case list(told):
+                    on_tokens(told)
                 case Finished(finish=finish):
                     answering.is_over = True
                     return finish
@@ -169,16 +169,14 @@ class RingClient:
                 self._loop.call_soon_threadsafe(self._heard, message)
 
     def _heard(self, message: Message) -> None:
-        answering = self._answers.get(message.step)
-        if answering is None or message.epoch != self._epoch:
+        if message.epoch != self._epoch:
             return
-        signs = answering.signs
-        signs.last_heard = time.monotonic()
-        if isinstance(message, Prefilled):
-            signs.prefilled = message.done
-        elif isinstance(message, Told | Finished | Failure):
-            signs.told += isinstance(message, Told)
-            answering.heard.put_nowait(message)
+        by_answer: dict[int, list[Message]] = {}
+        for each in message.items if isinstance(message, News) else (message,):
+            by_answer.setdefault(each.step, []).append(each)
+        for step, its in by_answer.items():
+            if step in self._answers:
+                self._answers[step].hear(its)
 
     def close(self) -> None:
         """Answers under way raise RingMoved; all sockets are closed. Safe to call twice."""
@@ -196,5 +194,17 @@ class _Answering:
 
     def __init__(self, signs: Signs) -> None:
         self.signs = signs
-        self.heard: asyncio.Queue[Told | Finished | Failure | None] = asyncio.Queue()
+        self.heard: asyncio.Queue[list[Told] | Finished | Failure | None] = asyncio.Queue()
         self.is_over = False
+
+    def hear(self, messages: Sequence[Message]) -> None:
+        self.signs.last_heard = time.monotonic()
+        told = [message for message in messages if isinstance(message, Told)]
+        if told:
+            self.signs.told += len(told)
+            self.heard.put_nowait(told)
+        for message in messages:
+            if isinstance(message, Prefilled):
+                self.signs.prefilled = message.done
+            elif isinstance(message, Finished | Failure):
+                self.heard.put_nowait(message)

@@ -16,6 +16,7 @@ from homeinfer.cluster.wire.messages import (
     Failure,
     Finished,
     Message,
+    News,
     Prefilled,
     Spent,
     Step,
@@ -61,14 +62,16 @@ class Teller:
         self._tempo = Tempo(self._limits.groups)
         self._vocabulary = vocabulary
         self._writing: dict[int, _Writing] = {}
-        self._untold: list[Message] = []
+        self._untold: list[Prefilled | Told | Finished | Failure] = []
+        self._gather_s = routes.pace.gather_ms / 1e3
+        self._told_at = -1.0
         self._wanted: dict[int, int] = {}
         """Rows of logits that each step under way is to bring."""
         self._asked = 0
 
     def has_work(self) -> bool:
         """Whether `launch` should be called, when nothing has arrived."""
-        return bool(self._untold) or self._scheduler.has_work()
+        return self._scheduler.has_work() or (bool(self._untold) and not self._may_wait())
 
     def launch(self) -> None:
         """Send the next step on its way, and then the tokens: what the head does with those is nobody's to wait for."""
@@ -200,9 +203,18 @@ class Teller:
             writing.sampler.close()
 
     def _tell(self) -> None:
-        for message in self._untold:
-            self._device.tell(message)
+        if not self._untold or self._may_wait():
+            return
+        alone = self._untold[0] if len(self._untold) == 1 else None
+        self._device.tell(alone or News(self._epoch, 0, 0, tuple(self._untold)))
         self._untold.clear()
+        self._told_at = time.perf_counter()
+
+    def _may_wait(self) -> bool:
+        """Whether the tokens can be told with the next ones, which are on their way and come soon."""
+        if time.perf_counter() - self._told_at >= self._gather_s:
+            return False
+        return bool(self._wanted) and self._scheduler.is_calm and all(isinstance(each, Told) for each in self._untold)
 
     def close(self) -> None:
         """Free what the answers under way hold."""

@@ -11,6 +11,7 @@ import numpy as np
 from homeinfer import _native
 from homeinfer.engine import runtime
 from homeinfer.engine.embedding import map_rows
+from homeinfer.engine.huge_pages import ask_for_huge_pages
 from homeinfer.engine.pipeline import Copy, Flags, Floats, Ints, Keep, KvEdit, Remove, Shift
 from homeinfer.engine.streaming import Streamer
 from homeinfer.engine.window_spec import WindowSpec
@@ -81,7 +82,7 @@ class LayerWindow:
         params.use_extra_bufts = self.spec.resident
         params.n_gpu_layers = self.spec.gpu_layers
         # must outlive the call: ctypes frees the trampoline with the last reference
-        callback = self._lib.llama_progress_callback(lambda share, _user: progress is None or progress(share))
+        callback = self._lib.llama_progress_callback(_with_huge_pages(progress))
         params.progress_callback = callback
         runtime.forget_log()
 
@@ -236,6 +237,21 @@ _DECODE_ERRORS = {
     1: "the context is full: start with a larger --ctx, or with a shorter text",
     2: "the computation was stopped",
 }
+
+
+def _with_huge_pages(progress: Callable[[float], bool] | None) -> Callable[[float, object], bool]:
+    """llama.cpp's progress callback. It is first called when the buffers are made and not filled: the moment to ask for
+    huge pages."""
+    is_first = True
+
+    def heard(share: float, _user: object) -> bool:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            ask_for_huge_pages()
+        return progress is None or progress(share)
+
+    return heard
 
 
 def check_edit(edit: KvEdit, n_seq: int, n_ctx: int) -> None:

@@ -7,6 +7,7 @@ the smallest room counts. Elsewhere than on Linux nothing is limited.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -71,9 +72,18 @@ def _quota_v2(folder: Path) -> float | None:
     return int(said[0]) / int(said[1])
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
+def _groups(root: Path, controller: str) -> tuple[Path, ...]:
     """The folders of this process's group and of those above it; controller "" means version 2."""
-    path = _path_of(root, controller)
+    return _found_groups(root, controller, _path_of(root, controller))
+
+
+@functools.lru_cache(maxsize=8)
+def _found_groups(root: Path, controller: str, path: str | None) -> tuple[Path, ...]:
+    """Looked for once: an agent asks every second, and a process's view of the file system stays as it is."""
+    return tuple(_walk(root, controller, path))
+
+
+def _walk(root: Path, controller: str, path: str | None) -> Iterator[Path]:
     mount = _mount_of(root, controller)
     if path is None or mount is None:
         return

@@ -87,7 +87,10 @@ class AsyncRing:
         told = [] if tokens is None else tokens
         cancelled = stop or asyncio.Event()
         finish = await asyncio.wait_for(
-            self.client.answer(prompt, request, lambda token, _spent: told.append(token), cancelled, signs), 60
+            self.client.answer(
+                prompt, request, lambda came: told.extend(each.token for each in came), cancelled, signs
+            ),
+            60,
         )
         return told, finish
 

@@ -198,5 +198,6 @@ async def greedy(client: RingClient, limit: int = 8) -> list[int]:
     """The answer to PROMPT."""
     tokens: list[int] = []
     request = Request(Sampling(temperature=0.0), limit, fresh=True)
-    await asyncio.wait_for(client.answer(PROMPT, request, lambda t, _s: tokens.append(t), asyncio.Event()), 60)
+    answering = client.answer(PROMPT, request, lambda told: tokens.extend(each.token for each in told), asyncio.Event())
+    await asyncio.wait_for(answering, 60)
     return tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -23,7 +23,7 @@ from homeinfer.cluster.wire.client import (
     Tokens,
     Unknown,
 )
-from homeinfer.cluster.wire.messages import Spent
+from homeinfer.cluster.wire.messages import Told
 from homeinfer.engine.generate import Finish
 from homeinfer.errors import HomeinferError
 
@@ -123,6 +123,8 @@ class Answers:
         entry = self._add(ask)
         entry.client = client
         self._start()
+        if self._ring is not None and self.under_way >= self._sequences and entry.task is None:
+            self._send(client, Notice(f"others are being answered, {self._sequences} at a time: this waits its turn"))
 
     def resume(self, client: bytes, resume: Resume) -> None:
         """Tell the tokens that a client has not got; from now on it listens."""
@@ -245,7 +247,7 @@ class Answers:
             finish = await ring.answer(
                 prompt,
                 request,
-                lambda token, spent: self._token(entry, token, spent),
+                lambda told: self._told(entry, told),
                 entry.cancelled,
                 entry.signs,
             )
@@ -264,12 +266,15 @@ class Answers:
             self._on_trouble(trouble)
         self._start()
 
-    def _token(self, entry: Entry, token: int, spent: tuple[Spent, ...]) -> None:
-        self._journal.token(entry.ask.id, token)  # before anybody is told
-        entry.told.append(token)
+    def _told(self, entry: Entry, told: Sequence[Told]) -> None:
+        tokens = tuple(each.token for each in told)
+        self._journal.tokens(entry.ask.id, tokens)  # before anybody is told
+        start, now = len(entry.told), time.monotonic()
+        entry.told += tokens
         entry.stalls = 0
-        self.speed.token(time.monotonic(), spent)
-        self._tell(entry, Tokens(entry.ask.id, len(entry.told) - 1, (token,)))
+        for each in told:
+            self.speed.token(now, each.spent)
+        self._tell(entry, Tokens(entry.ask.id, start, tokens))
 
     def _failed(self, entry: Entry, problem: RingFailed) -> Trouble | None:
         """Why the ring is to be made anew, None when it need not be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -42,9 +43,9 @@ class Journal:
         """Raises OSError when the disk is full."""
         self._write(ask.id, msgspec.json.encode(ask))
 
-    def token(self, answer: str, token: int) -> None:
-        """Raises OSError when the disk is full."""
-        self._write(answer, b"%d" % token)
+    def tokens(self, answer: str, tokens: Sequence[int]) -> None:
+        """The next ones. Raises OSError when the disk is full."""
+        self._write(answer, b"\n".join(b"%d" % token for token in tokens))
 
     def finish(self, answer: str, finish: Finish) -> None:
         """It is whole: kept for those who come back, for a while."""

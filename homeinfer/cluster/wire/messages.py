@@ -117,7 +117,17 @@ class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure"):
     culprit: int | None = None
 
 
-Message = Step | Edits | Ask | Cancel | Prefilled | Told | Finished | Failure
+class News(msgspec.Struct, frozen=True, array_like=True, tag="news"):
+    """What the writer of answers has to say, in its order: one message costs its receiver less than many. step and hop
+    are 0."""
+
+    epoch: int
+    step: int
+    hop: _Count
+    items: tuple[Prefilled | Told | Finished | Failure, ...]
+
+
+Message = Step | Edits | Ask | Cancel | Prefilled | Told | Finished | Failure | News
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
 

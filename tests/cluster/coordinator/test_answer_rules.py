@@ -66,7 +66,7 @@ def test_a_journal_tells_after_a_crash_what_was_told_before(tmp_path: Path) -> N
     journal = Journal(tmp_path / "answers")
     journal.begin(ASK)
     for token in (5, 6):
-        journal.token(ASK.id, token)
+        journal.tokens(ASK.id, (token,))
     (kept,) = Journal(tmp_path / "answers").load()  # the first one was not closed
     assert (kept.ask, kept.told, kept.finish) == (ASK, (5, 6), None)
 
@@ -74,17 +74,17 @@ def test_a_journal_tells_after_a_crash_what_was_told_before(tmp_path: Path) -> N
 def test_a_line_that_was_cut_off_counts_for_nothing_and_the_journal_goes_on(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin(ASK)
-    journal.token(ASK.id, 5)
+    journal.tokens(ASK.id, (5,))
     journal.close_all()
     (path,) = tmp_path.iterdir()
     with path.open("ab") as file:
         file.write(b"12")
     again_opened = Journal(tmp_path)
     assert again_opened.load()[0].told == (5,)
-    again_opened.token(ASK.id, 1299)
+    again_opened.tokens(ASK.id, (1299, 7))
     again_opened.finish(ASK.id, Finish("length", 0, 0))
     (kept,) = Journal(tmp_path).load()
-    assert (kept.told, kept.finish) == ((5, 1299), Finish("length", 0, 0))
+    assert (kept.told, kept.finish) == ((5, 1299, 7), Finish("length", 0, 0))
 
 
 def test_damaged_journals_are_removed_and_nobody_else_may_read_them(tmp_path: Path) -> None:
