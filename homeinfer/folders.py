@@ -1,8 +1,10 @@
-"""Where homeinfer keeps things between runs."""
+"""Where homeinfer keeps things between runs, and how much room is there."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -37,3 +39,12 @@ def private_folder(folder: Path) -> Path:
             f"{folder} can't be made private ({problem.strerror}): set HOMEINFER_STATE to another folder"
         ) from None
     return folder
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk that a folder is on, or would be; 0 where the system doesn't say."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free
+    return 0

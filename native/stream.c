@@ -193,8 +193,8 @@ static void let_go(stream *self, int but) {
 
 bool stream_before(stream *self, const tensor *node) {
     bool cut = false;
-    for (int i = 0; i < 10 && node->src[i] != NULL; ++i) {
-        const int number = group_at(self, node->src[i]->data);
+    for (int i = 0; i < 10; ++i) { /* sources that are left out leave holes, as an attention mask before its sinks */
+        const int number = node->src[i] == NULL ? -1 : group_at(self, node->src[i]->data);
         if (number < 0) {
             continue;
         }

@@ -4,8 +4,9 @@
     scripts/capture_check.py --on lo --text prompt.txt --text answer.txt --bytes model.gguf -- COMMAND …
 
 Looks in every TCP stream (put together again in both directions) and every other packet for each line of the texts
-(of 12 bytes and more) and for pieces taken all over the binary files. A marker sent in the clear at the start must be
-found, or the capture proves nothing. Prints JSON: `found` (what was seen in the clear, should be empty), `packets`,
+(of 12 bytes and more), for pieces taken all over the binary files, and for connections of ZeroMQ that are not encrypted
+at all: what they carry need not be text. A marker sent in the clear at the start must be found, or the capture proves
+nothing. Prints JSON: `found` (what was seen in the clear, should be empty), `packets`,
 `captured_bytes`, `dropped` (packets the kernel lost, should be 0), `marker_seen`, `needles`, and `returncode` of the
 command. Exits with 1 when something was found, 2 when the capture is no proof. Linux, root.
 """
@@ -30,6 +31,8 @@ from pathlib import Path
 
 SHORTEST_LINE = 12
 PIECES, PIECE_BYTES = 32, 24
+UNENCRYPTED = {"a ZeroMQ connection in the clear": b"NULL" + bytes(16)}
+"""How such a connection names its mechanism in its greeting (ZMTP 3)."""
 MOST_WAITING = 8 << 20
 """Bytes of a stream that wait for a missing segment before it is taken for lost."""
 _EVERY_PROTOCOL, _EXPERIMENTS = 0x0003, 0x88B5
@@ -246,7 +249,7 @@ def check(interface: str, needles: dict[str, bytes], command: list[str], path: P
         returncode = subprocess.run(command, check=False, stdout=sys.stderr).returncode
     finally:
         capture.stop()
-    found = search_all(frames(path), {**needles, "marker": marker})
+    found = search_all(frames(path), {**needles, **UNENCRYPTED, "marker": marker})
     return {
         "marker_seen": found.pop("marker", 0) > 0,
         "found": found,

@@ -3,9 +3,8 @@
 
     scripts/evening.py --prompt FILE --answer FILE [--devices 3] [--loopback] [--model MODEL.gguf]
 
-For scripts/capture_check.py, which looks on the network for what this says:
-
-(twice: the answer of the first time is what the second looks for; it is greedy, and the same)
+For scripts/capture_check.py, which looks on the network for what this says. Run it once by itself: the answer, which is
+greedy and the same each time, is what is looked for then.
 
     scripts/capture_check.py --on lo --text prompt.txt --text answer.txt --bytes MODEL.gguf --
         scripts/evening.py --loopback --prompt prompt.txt --answer answer.txt

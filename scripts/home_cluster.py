@@ -110,7 +110,7 @@ class Home:
             self.testbed("drop", *files)
 
     def down(self) -> None:
-        """End all, politely first."""
+        """End all, politely first; what does not end by itself is said and ended."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
@@ -118,6 +118,12 @@ class Home:
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, deadline - time.monotonic()))
+        for device, process in self.processes.items():
+            if process.poll() is None:
+                print(f"device {device} does not end: {_tail(self.log(device))}", file=sys.stderr, flush=True)
+                for each in self.family(device):
+                    with contextlib.suppress(psutil.Error):
+                        each.kill()
         self.testbed("down")
         shutil.rmtree(self.root, ignore_errors=True)
 

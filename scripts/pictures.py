@@ -1,6 +1,6 @@
 """Makes README's pictures of a cluster again: real commands in terminals of their own, three devices on this machine.
 
-    python scripts/pictures.py [FOLDER]      # docs/ unless given; half a minute
+    python scripts/pictures.py [FOLDER]      # docs/ unless given; two minutes, on a machine that is quiet
 
 The devices measure themselves once, with `homeinfer profile`. Their profiles then say that each
 has so little memory that all three must take part, as with a model that fits on none of them.
@@ -207,7 +207,7 @@ def wait(is_so: Callable[[], bool], complaint: Callable[[], str]) -> None:
 def profiles(made: Evening) -> Path:
     """What this machine measures of itself, as of three that have less memory."""
     path = made.root / "one.json"
-    measuring = made.start("profile", "profile", str(default_model()), "--threads", "1", "-o", str(path))
+    measuring = made.start("profile", "profile", str(default_model()), "--threads", "1", "--fresh", "-o", str(path))
     wait(lambda: measuring.process.poll() is not None, lambda: "measuring took too long")
     one = json.loads(path.read_bytes())
     network = {"bytes_per_s": 1e9, "latency_s": 2e-5}

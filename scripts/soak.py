@@ -153,9 +153,16 @@ def left_behind(made: Home) -> list[str]:
                 found.append(f"process {' '.join(process.cmdline()[-3:])}")
     for path in made.root.rglob("*"):
         with contextlib.suppress(OSError):
-            if path.is_socket() or path.name.endswith(".part") or path.name.startswith("homeinfer-"):
-                found.append(str(path.relative_to(made.root)))
+            inside = path.relative_to(made.root)
+            if path.is_socket() or is_temporary(inside):
+                found.append(str(inside))
     return found
+
+
+def is_temporary(inside: Path) -> bool:
+    """Whether a file of a home has the name of one that should be gone: half written, or not of a device."""
+    is_named_so = inside.suffix in (".part", ".partial") or inside.name.startswith((".", "homeinfer-"))
+    return is_named_so or not inside.parts[0].isdigit()
 
 
 def report(answers: list[Answer], done: list[dict[str, object]], memory: list[dict[str, float]]) -> dict[str, object]:

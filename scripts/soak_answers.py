@@ -131,6 +131,8 @@ class Chat(threading.Thread):
                 teller.tell(reference.prompt, request, on_token, lambda: False)
         except HomeinferError as error:
             problem = str(error)
+        except Exception as error:  # a chat that ended by a bug would be missed by nobody
+            problem = f"{type(error).__name__}: {error}"
         silence = max(silence, time.monotonic() - last)
         wrong, tie = judge(reference, tokens)
         return Answer(number, len(tokens), silence, problem or wrong, tie, tuple(notices))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from homeinfer.cli.opening import default_model
+from homeinfer.model.header import read_header
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,8 +29,10 @@ def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_demo_quantizes_shows_the_plan_and_answers_through_three_devices(tmp_path: Path) -> None:
+def test_the_demo_has_a_model_of_its_own_and_answers_through_three_devices(tmp_path: Path) -> None:
+    """The model is quantized by the first run of all in a checkout, and kept."""
     done = run("./scripts/demo", "-p", "What is the capital of France?", folder=tmp_path)
+    assert read_header(ROOT / ".venv/demo/SmolLM2-135M-Instruct-DQ3_K_M.gguf").get("homeinfer.recipe") == "DQ3_K_M"
     assert "Paris" in done.stdout
     assert all(f"device-{i}" in done.stderr for i in (1, 2, 3))
 

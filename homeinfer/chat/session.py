@@ -150,7 +150,7 @@ class Session:
         if len(prompt) >= self.n_ctx:
             raise HomeinferError(
                 f"the message takes {len(prompt):,} tokens with what must stand before it, the context holds "
-                f"{self.n_ctx:,}: shorten it or set a larger --ctx"
+                f"{self.n_ctx:,}: shorten it or {self._generator.longer}"
             )
         return left, prompt
 
@@ -187,7 +187,7 @@ class Session:
         if n > self.n_ctx - reserve(self.n_ctx):
             raise HomeinferError(
                 f"the system message takes {n:,} tokens, the context holds {self.n_ctx:,}: "
-                "shorten it or set a larger --ctx"
+                f"shorten it or {self._generator.longer}"
             )
         self._replace((*system, *said))
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 from homeinfer.chat.commands import COMMANDS, parse_command, run_command
+from homeinfer.chat.reading import Reading
 from homeinfer.chat.session import AnswerFailed, Session, Turn
 from homeinfer.chat.text import for_terminal
 from homeinfer.errors import HomeinferError
@@ -38,7 +39,7 @@ class Screen:
     """Answers on standard output as they come, remarks on `notes`."""
 
     def __init__(self, notes: Console) -> None:
-        self._notes = notes
+        self.notes = notes
         self._to_terminal = sys.stdout.isatty()
         self._at_start = True
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -59,7 +60,7 @@ class Screen:
     def note(self, text: str, style: str = "dim") -> None:
         """A remark."""
         self.end_line()
-        self._notes.print(Text(for_terminal(text)), style=style, soft_wrap=True)
+        self.notes.print(Text(for_terminal(text)), style=style, soft_wrap=True)
 
 
 class Interrupts:
@@ -155,8 +156,7 @@ def respond(text: str, session: Session, screen: Screen, cancelled: Callable[[],
     try:
         command = parse_command(text)
         if command is None:
-            turn = session.ask(text.strip(), screen.write, cancelled)
-            screen.note(turn_text(turn))
+            screen.note(turn_text(_answered(text.strip(), session, screen, cancelled)))
             return False
         reply = run_command(command, session)
     except AnswerFailed:
@@ -167,6 +167,16 @@ def respond(text: str, session: Session, screen: Screen, cancelled: Callable[[],
     if reply.text:
         screen.note(reply.text)
     return reply.leave
+
+
+def _answered(text: str, session: Session, screen: Screen, cancelled: Callable[[], bool]) -> Turn:
+    with Reading(screen.notes) as reading:
+
+        def write(piece: str) -> None:
+            reading.done()
+            screen.write(piece)
+
+        return session.ask(text, write, cancelled)
 
 
 def turn_text(turn: Turn) -> str:

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from homeinfer.cli.shared_options import JsonOption
+
 
 def bench(
     tokens: Annotated[
         int, typer.Option("-n", min=2, max=1000, help="Tokens of each answer that is timed for its time per token.")
     ] = 32,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Measure the cluster that runs on this machine.
 

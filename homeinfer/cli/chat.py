@@ -14,7 +14,6 @@ from homeinfer.cli.opening import (
     ContextOption,
     GpuOption,
     LocalOption,
-    ModelArgument,
     RingOption,
     StreamOption,
     ThreadsOption,
@@ -33,6 +32,7 @@ from homeinfer.cli.sampling_options import (
     TopPOption,
     grammar_text,
 )
+from homeinfer.cli.shared_options import ModelArgument
 from homeinfer.cluster.local import RingOptions
 from homeinfer.engine.answers import Teller
 from homeinfer.engine.sampling import Sampler, Sampling

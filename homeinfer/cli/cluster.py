@@ -11,12 +11,11 @@ from homeinfer.cli.cluster_options import (
     DeviceArgument,
     DevicesOption,
     ForbidOption,
+    FreshOption,
     HeadOption,
     HeadroomOption,
     HostOption,
-    JsonOption,
     LeftHeadOption,
-    ModelArgument,
     ModelsOption,
     NameOption,
     ObjectiveOption,
@@ -24,6 +23,7 @@ from homeinfer.cli.cluster_options import (
     ProfileOption,
     ReplicasOption,
     RequireOption,
+    RoundsOption,
     SequencesOption,
     StayOption,
     ThreadsOption,
@@ -31,6 +31,7 @@ from homeinfer.cli.cluster_options import (
     WireOption,
     YesOption,
 )
+from homeinfer.cli.shared_options import JsonOption, ModelArgument
 
 cluster = typer.Typer(
     name="cluster",
@@ -51,11 +52,13 @@ def up(
     require: RequireOption = None,
     forbid: ForbidOption = None,
     profile: ProfileOption = None,
+    fresh: FreshOption = False,
     yes: YesOption = False,
     ctx: ContextOption = 0,
     sequences: SequencesOption = 1,
     wire: WireOption = "auto",
     replicas: ReplicasOption = 1,
+    rounds: RoundsOption = 0,
     objective: ObjectiveOption = "latency",
     headroom: HeadroomOption = "10%",
     detach: DetachOption = False,
@@ -79,7 +82,7 @@ def up(
       homeinfer cluster up model.gguf --wait 60 --sequences 4 --detach
     """
     from homeinfer.cli.cluster_up import Wishes, bring_up
-    from homeinfer.cli.plan_options import parse_headroom
+    from homeinfer.cli.shared_options import parse_headroom
 
     bring_up(
         Wishes(
@@ -89,11 +92,13 @@ def up(
             required=tuple(require or ()),
             forbidden=tuple(forbid or ()),
             profiles=tuple(profile or ()),
+            fresh=fresh,
             yes=yes,
             ctx=ctx,
             sequences=sequences,
             wire=wire,
             replicas=replicas,
+            rounds=rounds,
             objective=objective,
             headroom=parse_headroom(headroom),
             name=name,
@@ -171,7 +176,7 @@ def devices(json: JsonOption = False) -> None:
 
 @cluster.command()
 def plan(json: JsonOption = False) -> None:
-    """Show the plan that runs: who holds which layers, how fast that should be, what would help.
+    """Show the plan that runs: who holds which layers, how fast that should be, who is left out and why.
 
     Examples:
 

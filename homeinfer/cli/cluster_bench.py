@@ -95,7 +95,7 @@ def plan_steps(status: ClusterStatus, plan: PlanReport | None, n_tokens: int) ->
     room = status.n_ctx - 1
     prompts = tuple(n for n in _PROMPTS if n <= room)
     at_once = tuple(n for n in _AT_ONCE if n <= status.sequences)
-    left_out = [f"a prompt of {n:,} tokens: the context holds {status.n_ctx:,}" for n in _PROMPTS if n > room]
+    left_out = [f"a prompt of {n:,} tokens: the context holds {status.n_ctx:,} (--ctx)" for n in _PROMPTS if n > room]
     left_out += [
         f"{n} answers at once: the cluster was brought up for {status.sequences} (--sequences)"
         for n in _AT_ONCE
@@ -116,7 +116,7 @@ def measure(n_tokens: int) -> BenchResult:
             raise HomeinferError(f"the cluster is not ready yet ({status.state}): homeinfer cluster status shows it")
         plan = client.plan()
         if status.answers:
-            raise HomeinferError(f"the cluster is writing {status.answers} answers: measure when it is idle")
+            raise HomeinferError("the cluster is writing answers: measure when it is idle")
         with (
             contextlib.closing(Tokenizer(status.model_path)) as tokenizer,
             contextlib.closing(Prober(Path(client.folder))) as prober,

@@ -35,6 +35,8 @@ _LINES = 16
 def changes(before: ClusterStatus | None, after: ClusterStatus) -> tuple[str, ...]:
     """A line for each thing that is new."""
     work = [f"{after.model}: {_WORK[after.state]}"] if _is_new_work(before, after) else []
+    if after.waits_for and (before is None or before.waits_for != after.waits_for):
+        work.append(f"{after.model}: waiting for devices: {after.waits_for}")
     old = {device.name: device for device in before.devices} if before is not None else {}
     said = new_events(before.events if before is not None else (), after.events)
     came = tuple(f"{device.name} " for device in after.devices if device.name not in old)

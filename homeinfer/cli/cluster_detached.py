@@ -29,6 +29,8 @@ from homeinfer.model.records import printable
 
 _START_SECONDS = 60.0
 _END_SECONDS = 30.0
+_LAST_SECONDS = 10.0
+"""A coordinator that answers no more may be ending."""
 _LAST_WORDS = 4000
 
 
@@ -107,7 +109,8 @@ class Detached:
         try:
             return await asyncio.to_thread(self._there().status)
         except HomeinferError:
-            await asyncio.sleep(0.2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, _LAST_SECONDS)
             self._check()  # why it is gone says more than that it is
             raise
 

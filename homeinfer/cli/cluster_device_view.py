@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homeinfer.cli.cluster_view import duration
-from homeinfer.cli.ui import layer_range
+from homeinfer.cli.ui import layer_ranges
 from homeinfer.cluster.agent_options import (
     AgentEvent,
     Connected,
@@ -85,7 +85,7 @@ def line_of(event: AgentEvent, part: Part) -> str | None:
     if isinstance(event, Working):
         return _TASKS[event.task] if event.task not in part.tasks and event.share < 1 else None
     if isinstance(event, EngineNow):
-        return _engine(event) if event.state != part.engine.state else None
+        return _engine_line(event, part.engine) if event.state != part.engine.state else None
     if isinstance(event, Trouble):
         return event.text
     return None
@@ -113,7 +113,7 @@ def part_view(part: Part, left: Mapping[str, float] | None = None) -> Renderable
 def _heading(part: Part) -> Text:
     text = Text(part.name or "this device", "bold").append(f" · cluster of {part.head}", "not bold")
     if part.seeking is not None:
-        since = f" for {duration(part.seeking.away_seconds)}" if part.seeking.away_seconds else ""
+        since = f" for {duration(part.seeking.away_seconds)}" if part.seeking.away_seconds >= 1 else ""
         text.append(f" · looking for it{since}", "yellow")
         text.append(f": {part.seeking.reason}" if part.seeking.reason else "", "dim")
     elif part.host:
@@ -130,9 +130,14 @@ def _tasks(part: Part, left: Mapping[str, float]) -> Table:
     return table
 
 
+def _engine_line(engine: EngineNow, before: EngineNow) -> str:
+    return "let go of its layers" if engine.state == "none" and before.layers else _engine(engine)
+
+
 def _engine(engine: EngineNow) -> str:
-    spans = ", ".join(layer_range(first, last) for first, last in engine.layers)
-    holds = f"layers {spans}" if spans else "no layers"
+    spans = layer_ranges(engine.layers)
+    is_one = sum(last - first for first, last in engine.layers) == 1
+    holds = f"layer{'' if is_one else 's'} {', '.join(spans)}" if spans else "no layers"
     if engine.state == "gone":
         return f"the engine ended: {engine.reason}"
     if engine.state == "none":

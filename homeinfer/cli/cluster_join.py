@@ -16,7 +16,7 @@ from homeinfer.cli.cluster_changes import Pace
 from homeinfer.cli.cluster_device_view import Part, after, is_problem, line_of, part_view, tasks_of
 from homeinfer.cli.cluster_leave import check_free, joined
 from homeinfer.cli.cluster_live import Screen
-from homeinfer.cli.cluster_up import end_task, signals_as_stop
+from homeinfer.cli.cluster_up import CTRL_C, end_task, signals_as_stop
 from homeinfer.cluster.agent import Agent
 from homeinfer.cluster.agent_options import AgentEvent, AgentOptions, Working
 from homeinfer.cluster.known_heads import KnownHead, known_heads, remember_head
@@ -107,6 +107,8 @@ async def _take_part(wishes: JoinWishes, known: KnownHead) -> None:
             finally:
                 reason = await running
         if stopped.is_set():
+            back = "; homeinfer cluster join takes part again" if stopped.code == CTRL_C else ""
+            screen.say(f"left the cluster of {known.name}{back}")
             raise typer.Exit(stopped.code)
         if shown.is_problem:
             raise HomeinferError(reason)

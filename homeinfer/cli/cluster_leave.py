@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from homeinfer.cli.ui import console
+from homeinfer.cli.ui import console, notes
 from homeinfer.cluster.coordinator.running import began, run_folder, running_cluster
 from homeinfer.cluster.known_heads import KnownHead, forget_head, known_heads
 from homeinfer.cluster.private_file import write_private
@@ -19,6 +19,7 @@ from homeinfer.folders import private_folder, state_folder
 
 _FILE = "joined.json"
 _END_SECONDS = 30.0
+_SILENT_SECONDS = 1.5
 
 
 class Joined(msgspec.Struct, frozen=True):
@@ -50,6 +51,11 @@ def check_free(folder: Path) -> None:
             f"this machine is the head of a cluster that runs, process {cluster.pid}: "
             "to join another one, end it with homeinfer cluster down"
         )
+    check_not_joined(folder)
+
+
+def check_not_joined(folder: Path) -> None:
+    """Raises HomeinferError when this machine takes part in another one's cluster."""
     other = joined_now(folder)
     if other is not None:
         raise HomeinferError(
@@ -65,6 +71,13 @@ def joined_now(folder: Path) -> Joined | None:
     except (OSError, msgspec.MsgspecError, psutil.Error, UnicodeDecodeError):
         return None
     return found if is_it else None
+
+
+def joined_head(folder: Path) -> str | None:
+    """The name of the head in whose cluster this machine takes part now, None when it does in none."""
+    running = joined_now(folder)
+    names = [head.name for head in known_heads(folder) if running is not None and head.key == running.head]
+    return names[0] if names else None
 
 
 def leave_for_good(name: str) -> None:
@@ -97,6 +110,8 @@ def _which(heads: tuple[KnownHead, ...], name: str) -> KnownHead:
 def _end(running: Joined) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(running.pid).terminate()
+    if not has_ended(running.pid, running.began, _SILENT_SECONDS):
+        notes.print("ending what runs here for the cluster")
     if not has_ended(running.pid, running.began, _END_SECONDS):
         raise HomeinferError(
             f"process {running.pid} takes part for this machine and does not end: end it and try again"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
+from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -11,6 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 from homeinfer.cli.ui import console
+
+_PATIENCE = 1.0
+_MOST_WAITING = 200
+"""Lines that a screen which stands still will show later; further ones are lost."""
 
 
 def has_person() -> bool:
@@ -26,12 +34,23 @@ def has_person() -> bool:
 
 
 class Screen:
-    """Shows a view that changes and, above it, lines that stay. On something that is no terminal only the lines."""
+    """Shows a view that changes and, above it, lines that stay. On something that is no terminal only the lines.
+
+    A thread writes: a terminal that takes nothing (Ctrl-S, a lost ssh connection) or a reader who has left must not
+    stop a head or a device.
+    """
 
     def __init__(self, where: Console = console) -> None:
         self._console = where
         self._live: Live | None = None
         self.is_live = where.is_terminal
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._view: RenderableType = ""
+        self._is_drawn = True
+        self._is_writing = self._is_stuck = False
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
 
     def __enter__(self) -> Screen:
         return self
@@ -45,6 +64,64 @@ class Screen:
         """Put this in the view's place."""
         if not self.is_live:
             return
+        with self._changed:
+            self._view = view
+            if self._is_drawn:
+                self._is_drawn = False
+                self._add(self._draw)
+
+    def pause(self) -> None:
+        """Take the view off the screen, for a question or for good."""
+        with self._changed:
+            self._add(self._stop)
+            self._settle()
+
+    def say(self, what: RenderableType | str, end: str = "\n") -> None:
+        """A line, or more, that stays."""
+        shown = Text(what) if isinstance(what, str) else what
+        with self._changed:
+            self._add(lambda: self._console.print(shown, soft_wrap=True, end=end))
+            self._settle()
+
+    def _add(self, job: Callable[[], None]) -> None:
+        """For a thread that holds `_changed`."""
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+        if len(self._jobs) < _MOST_WAITING:
+            self._jobs.append(job)
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write, daemon=True)
+            self._thread.start()
+
+    def _settle(self) -> None:
+        """Wait until all is written, but not for a screen that stands still."""
+        is_done = self._changed.wait_for(
+            lambda: not self._jobs and not self._is_writing, 0.0 if self._is_stuck else _PATIENCE
+        )
+        self._is_stuck = not is_done
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._jobs)
+                job, self._is_writing = self._jobs.popleft(), True
+            try:
+                with contextlib.suppress(OSError, SystemExit):  # rich's for a pipe that nobody reads
+                    job()
+            except Exception as problem:  # for whoever says or shows something next
+                with self._changed:
+                    self._problem = problem
+
+    def _draw(self) -> None:
+        with self._changed:
+            view, self._is_drawn = self._view, True
         if self._live is None:
             # drawn when something is new, not by a thread several times a second
             self._live = Live(view, console=self._console, auto_refresh=False, transient=True)
@@ -52,13 +129,7 @@ class Screen:
         else:
             self._live.update(view, refresh=True)
 
-    def pause(self) -> None:
-        """Take the view off the screen, for a question or for good."""
-        if self._live is not None:
-            self._live.stop()
-        self._live = None
-
-    def say(self, what: RenderableType | str, end: str = "\n") -> None:
-        """A line, or more, that stays."""
-        shown = Text(what) if isinstance(what, str) else what
-        self._console.print(shown, soft_wrap=True, end=end)
+    def _stop(self) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.model.header import read_header
 
 _LOOK_SECONDS = 0.3
+_LONGER = "take the cluster down and up again with a larger --ctx"
 
 
 @contextlib.contextmanager
@@ -42,12 +44,31 @@ def opened_cluster(model: Path | None, options: RingOptions, *, quiet: bool) -> 
         _say(using_line(status, options))
     header = read_header(Path(status.model_path))
     with (
+        _ended_by_signals(),
         contextlib.closing(Tokenizer(header.files[0].path)) as tokenizer,
         contextlib.closing(ClusterTeller(client.folder, status)) as teller,
     ):
         if not quiet:
             teller.on_notice = _in_an_answer
-        yield Opened(status.model, header, tokenizer, Generator(teller, tokenizer))
+        yield Opened(status.model, header, tokenizer, Generator(teller, tokenizer, _LONGER))
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A closed terminal, or a request to end, ends this process in order: the cluster must not write for nobody."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            before[getattr(signal, name)] = signal.signal(getattr(signal, name), leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ready(client: ClusterClient, model: Path | None, *, quiet: bool) -> ClusterStatus | None:

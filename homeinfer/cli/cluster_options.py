@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from homeinfer.cli import shared_options
+from homeinfer.cluster.planning.plan import Objective
+
 _WHO = "Who takes part"
 _RING = "How it runs"
 _WHERE = "Where this machine is"
@@ -48,15 +51,8 @@ ThreadsOption = Annotated[
     int,
     typer.Option("--threads", "-t", min=0, help="Threads on this machine; 0: one per core.", rich_help_panel=_WHERE),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DeviceArgument = Annotated[
     str, typer.Argument(metavar="DEVICE", help="Its name, as homeinfer cluster devices shows it.", show_default=False)
-]
-ModelArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        help="A GGUF file (of a split one: any part). Default: the embedded SmolLM2-135M.", show_default=False
-    ),
 ]
 DevicesOption = Annotated[
     int,
@@ -78,14 +74,8 @@ WaitOption = Annotated[
         rich_help_panel=_WHO,
     ),
 ]
-RequireOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="DEVICE", help="This device must take part.", rich_help_panel=_WHO),
-]
-ForbidOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="DEVICE", help="This device must not take part.", rich_help_panel=_WHO),
-]
+RequireOption = Annotated[list[str] | None, shared_options.required(_WHO)]
+ForbidOption = Annotated[list[str] | None, shared_options.forbidden(_WHO)]
 ProfileOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -93,6 +83,10 @@ ProfileOption = Annotated[
         help="What homeinfer profile wrote for this model on a device, which is then not measured again.",
         rich_help_panel=_WHO,
     ),
+]
+FreshOption = Annotated[
+    bool,
+    typer.Option("--fresh", help="Measure all devices anew, whatever was measured before.", rich_help_panel=_WHO),
 ]
 YesOption = Annotated[
     bool, typer.Option("--yes", "-y", help="Load what was planned without asking.", rich_help_panel=_WHO)
@@ -128,22 +122,9 @@ ReplicasOption = Annotated[
         rich_help_panel=_RING,
     ),
 ]
-ObjectiveOption = Annotated[
-    Literal["latency", "throughput", "ttft"],
-    typer.Option(
-        help="latency: the least time per token; throughput: the most tokens per second of all answers together; "
-        "ttft: the first token soonest.",
-        rich_help_panel=_RING,
-    ),
-]
-HeadroomOption = Annotated[
-    str,
-    typer.Option(
-        metavar="SHARE",
-        help="The share of each device's memory that stays free for other programs.",
-        rich_help_panel=_RING,
-    ),
-]
+RoundsOption = Annotated[int, shared_options.rounds(_RING)]
+ObjectiveOption = Annotated[Objective, shared_options.objective(_RING)]
+HeadroomOption = Annotated[str, shared_options.headroom(_RING)]
 DetachOption = Annotated[
     bool,
     typer.Option("--detach", "-d", help="Return when it is ready; homeinfer cluster down ends it."),

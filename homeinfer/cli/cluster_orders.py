@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import msgspec
 import typer
 
-from homeinfer.cli.cluster_leave import has_ended
+from homeinfer.cli.cluster_leave import has_ended, joined_head
 from homeinfer.cli.cluster_view import cluster_view, code_view, registered_table
-from homeinfer.cli.ui import console
+from homeinfer.cli.ui import console, notes
 from homeinfer.cluster.client import ClusterClient, find_cluster, need_cluster
 from homeinfer.cluster.coordinator.running import running_cluster
 from homeinfer.cluster.members import Members
@@ -21,6 +21,7 @@ from homeinfer.folders import state_folder
 
 _DOWN_SECONDS = 60.0
 _CODE_SECONDS = 5.0
+_SILENT_SECONDS = 1.5
 
 
 def show_status(*, json: bool) -> None:
@@ -37,6 +38,7 @@ def show_devices(*, json: bool) -> None:
     """Those of the running cluster, or those that are paired with a head that rests."""
     client = find_cluster()
     if client is None:
+        _check_head()
         found = tuple(DeviceStatus(member.name, "left") for member in Members(state_folder()).all())
     else:
         with contextlib.closing(client):
@@ -60,22 +62,22 @@ def show_plan(*, json: bool) -> None:
         return
     from homeinfer.cli.plan_tables import show_report
 
-    show_report(plan)
+    show_report(plan, has_advice=False)
 
 
 def new_code() -> None:
     """Raises HomeinferError when no cluster runs here."""
     with _cluster() as client:
-        before = code = client.status().code
+        before = client.status().code
         client.order("code")
         deadline = time.monotonic() + _CODE_SECONDS
-        while code in (None, before):
+        while (status := client.status()).code in (None, before):
             if time.monotonic() > deadline:
-                raise HomeinferError("no code could be made: homeinfer cluster status says what the cluster is doing")
+                said = [line for line in status.events if line.startswith("no pairing code")]
+                raise HomeinferError(said[-1] if said else "no pairing code could be made within 5 s: try again")
             time.sleep(0.05)
-            code = client.status().code
-    assert code is not None
-    console.print(code_view(code), soft_wrap=True)
+    assert status.code is not None
+    console.print(code_view(status.code), soft_wrap=True)
 
 
 def forget_device(name: str) -> None:
@@ -94,6 +96,8 @@ def take_down() -> None:
     cluster = running_cluster(state_folder())
     with _cluster() as client:
         client.order("down")
+    if cluster is not None and not has_ended(cluster.pid, cluster.began, _SILENT_SECONDS):
+        notes.print("ending the cluster")
     if cluster is not None and not has_ended(cluster.pid, cluster.began, _DOWN_SECONDS):
         raise HomeinferError(
             f"the cluster was told to end but process {cluster.pid} still runs after {_DOWN_SECONDS:.0f} s: end it"
@@ -101,7 +105,14 @@ def take_down() -> None:
     console.print("the cluster is down")
 
 
+def _check_head() -> None:
+    head = joined_head(state_folder())
+    if head is not None:
+        raise HomeinferError(f"this machine takes part in the cluster of {head}: ask there")
+
+
 @contextlib.contextmanager
 def _cluster() -> Iterator[ClusterClient]:
+    _check_head()
     with contextlib.closing(need_cluster()) as client:
         yield client

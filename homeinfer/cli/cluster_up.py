@@ -12,12 +12,14 @@ from typing import Any, Literal
 import msgspec
 import typer
 
+from homeinfer.cli.cluster_leave import check_not_joined
 from homeinfer.cli.cluster_live import Screen, has_person
 from homeinfer.cli.cluster_watch import Watch
 from homeinfer.cli.opening import default_model
 from homeinfer.cluster.coordinator.coordinator import Coordinator
 from homeinfer.cluster.coordinator.options import ClusterOptions
 from homeinfer.cluster.planning.plan import Objective, Wire
+from homeinfer.cluster.planning.problem_checks import check_rounds
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.profiles_file import read_device_profiles
 from homeinfer.cluster.wire.client import ClusterStatus, Order
@@ -25,7 +27,7 @@ from homeinfer.folders import state_folder
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import read_header
 
-_CTRL_C = 128 + signal.SIGINT
+CTRL_C = 128 + signal.SIGINT
 
 
 class Wishes(msgspec.Struct, frozen=True):
@@ -37,11 +39,13 @@ class Wishes(msgspec.Struct, frozen=True):
     required: tuple[str, ...]
     forbidden: tuple[str, ...]
     profiles: tuple[Path, ...]
+    fresh: bool
     yes: bool
     ctx: int
     sequences: int
     wire: Wire | Literal["auto"]
     replicas: int
+    rounds: int
     objective: Objective
     headroom: float
     name: str
@@ -52,7 +56,10 @@ class Wishes(msgspec.Struct, frozen=True):
 
 def bring_up(wishes: Wishes, *, detach: bool) -> None:
     """Raises HomeinferError; exits with 130 after Ctrl-C."""
-    check_generates(read_header(wishes.model or default_model()))  # a wrong file is said before anything starts
+    header = read_header(wishes.model or default_model())  # a wrong file is said before anything starts
+    check_generates(header)
+    check_rounds(wishes.rounds, 2, header.n_layer)
+    check_not_joined(state_folder())
     asks = has_person() and not wishes.yes
     options = cluster_options(wishes, needs_yes=asks)
     if detach:
@@ -76,6 +83,7 @@ def cluster_options(wishes: Wishes, *, needs_yes: bool) -> ClusterOptions:
         sequences=wishes.sequences,
         wire=wishes.wire,
         replicas=wishes.replicas,
+        rounds=wishes.rounds,
         objective=wishes.objective,
         headroom=wishes.headroom,
         needs_yes=needs_yes,
@@ -83,6 +91,7 @@ def cluster_options(wishes: Wishes, *, needs_yes: bool) -> ClusterOptions:
         required=wishes.required,
         forbidden=wishes.forbidden,
         profiles=read_device_profiles(wishes.profiles) if wishes.profiles else (),
+        fresh=wishes.fresh,
     )
 
 
@@ -96,7 +105,7 @@ async def _stay(options: ClusterOptions, *, asks: bool) -> None:
             await asyncio.wait({running, watching, waiting}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await end_task(waiting)
-            if stopped.code == _CTRL_C:
+            if stopped.code == CTRL_C:
                 coordinator.order(Order("down"))  # whoever waits for an answer is told so
             coordinator.stop()
             try:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homeinfer.cli.cluster_changes import SAID
-from homeinfer.cli.ui import layer_range
+from homeinfer.cli.ui import layer_ranges
 from homeinfer.cluster.planning.problem_checks import gigabytes
 from homeinfer.cluster.wire.client import ClusterState, ClusterStatus, DeviceState, DeviceStatus
 
@@ -36,6 +36,8 @@ _CLUSTER: dict[ClusterState, tuple[str, str]] = {
     "recovering": ("recovering", "yellow"),
     "stopping": ("stopping", "dim"),
 }
+_HOLDING: tuple[DeviceState, ...] = ("fetching", "loading", "ready")
+"""States in which a device has its layers, or is getting them."""
 _EVENTS = 4
 _BAR = 20
 _STALLED = 0.1
@@ -74,7 +76,8 @@ def heading(status: ClusterStatus) -> Text:
         text.append(f" · {status.n_ctx:,} tokens of context")
     if status.sequences > 1:
         text.append(f" · {status.sequences} answers at once")
-    return text.append(" · ").append(words, style)
+    text.append(" · ").append(words, style)
+    return text.append(f": {status.waits_for}", "dim") if status.waits_for else text
 
 
 def cluster_words(state: ClusterState) -> str:
@@ -84,6 +87,8 @@ def cluster_words(state: ClusterState) -> str:
 
 def starting_table(devices: Sequence[DeviceStatus], left: Mapping[str, float]) -> RenderableType:
     """Who is there, and how far each is with what it does."""
+    if not devices:
+        return Text("\nstarting\n", "dim")
     has_time = any(device.share is not None and device.name in left for device in devices)
     table = _table(("device", "", "", "", "time left" if has_time else "", ""), right=(3, 4), wrapped=(5,))
     for device in devices:
@@ -95,7 +100,7 @@ def starting_table(devices: Sequence[DeviceStatus], left: Mapping[str, float]) -
             "" if device.share is None else ProgressBar(1.0, min(max(device.share, 0.0), 1.0), _BAR),
             "" if device.share is None else f"{100 * device.share:.0f} %",
             "" if seconds is None or device.share is None else duration(seconds),
-            Text(device.detail or _layers(device), style="dim"),
+            Text(device.detail or (_layers(device) if device.state in _HOLDING else ""), style="dim"),
         )
     return Padding(table, (1, 0))
 
@@ -130,7 +135,7 @@ def remarks(devices: Sequence[DeviceStatus]) -> Text:
 def _remark(device: DeviceStatus) -> Text | None:
     because = f": {device.detail}" if device.detail else ""
     if not device.layers and device.state in ("new", "measured", "ready"):
-        return Text(f"{device.name} takes no part{because or ', homeinfer cluster plan says why'}", "dim")
+        return Text(f"{device.name} takes no part{because}", "dim")
     if device.state != "ready":
         return Text(f"{device.name} {SAID[device.state]}{because}", _STATES[device.state][1])
     if device.stats.stalled >= _STALLED:
@@ -187,13 +192,14 @@ def _name(device: DeviceStatus) -> Text:
 
 
 def _layers(device: DeviceStatus) -> str:
-    spans = [layer_range(first, last) for first, last in device.layers]
+    spans = layer_ranges(device.layers)
     shown = ", ".join(spans[:3]) + (f" and {len(spans) - 3} more" if len(spans) > 3 else "")
     return f"{shown} ({device.streamed_layers} from disk)" if device.streamed_layers else shown
 
 
 def _memory(device: DeviceStatus) -> str:
-    used, planned = device.stats.memory_bytes, device.planned_memory_bytes
+    """What the engine has, of what the plan gives it."""
+    used, planned = device.stats.engine_bytes, device.planned_memory_bytes
     if not planned:
         return _size(used)
     short, whole = gigabytes(used), gigabytes(planned)

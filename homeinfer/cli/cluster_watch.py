@@ -40,6 +40,7 @@ class Watch:
         self._pace = Pace()
         self._before: ClusterStatus | None = None
         self._has_shown_code = self._has_been_ready = False
+        self._shown: PlanReport | None = None
 
     async def until_ready(self) -> ClusterStatus:
         """Returns when it is ready for answers."""
@@ -88,8 +89,10 @@ class Watch:
         if plan is None or self._keyboard is None:
             return
         self._screen.pause()
-        self._screen.say("")
-        show_report(plan)
+        if plan != self._shown:
+            self._screen.say("")
+            show_report(plan, has_advice=False)
+            self._shown = plan
         self._screen.say(_QUESTION, end="")
         asked = asyncio.create_task(self._keyboard.line())
         try:

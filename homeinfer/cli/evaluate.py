@@ -12,6 +12,7 @@ import typer
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from homeinfer.cli.shared_options import JsonOption
 from homeinfer.cli.ui import notes
 from homeinfer.errors import HomeinferError
 from homeinfer.quant import evaluate as evaluation
@@ -38,7 +39,7 @@ def evaluate(
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores unless given.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Measure how close a model stays to a reference: perplexity of both, and the divergence between them.
 

@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from homeinfer.cli.shared_options import JsonOption
 from homeinfer.cli.ui import notes
 from homeinfer.model.header import read_header
 from homeinfer.quant.calibrate import CHUNK_SIZE, calibrate
@@ -49,7 +50,7 @@ def imatrix(
         bool, typer.Option(help="Also what goes into the output matrix (the embedding, where both are one).")
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Overwrite FILE if it exists.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    json: JsonOption = False,
 ) -> None:
     """Measure how much each input of each weight counts, by letting the model read a text.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -28,9 +29,17 @@ class _Commands(TyperGroup):
             return None
         function = getattr(importlib.import_module(f"homeinfer.cli.{cmd_name}"), cmd_name)
         if isinstance(function, typer.Typer):
+            for each in function.registered_commands:
+                each.help = _paragraphs(each.callback)
             return typer.main.get_group(function)
-        info = CommandInfo(name=cmd_name, callback=function)
+        info = CommandInfo(name=cmd_name, callback=function, help=_paragraphs(function))
         return typer.main.get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode="rich")
+
+
+def _paragraphs(function: Any) -> str:
+    """Its docstring without the line ends of the source; what is indented stays as it is."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else " ".join(p.split()) for p in paragraphs)
 
 
 app = typer.Typer(

@@ -22,12 +22,6 @@ from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_file import default_folder, missing_bytes
 from homeinfer.model.window_plan import layer_bytes, n_layers, split_layers
 
-ModelArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        help="A GGUF file (of a split one: any part). Default: the embedded SmolLM2-135M.", show_default=False
-    ),
-]
 RingOption = Annotated[
     int, typer.Option("--local-ring", metavar="N", min=1, max=64, help="Run as a ring of N devices on this machine.")
 ]

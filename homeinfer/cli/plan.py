@@ -23,13 +23,14 @@ from homeinfer.cli.plan_options import (
     ProfilesOption,
     PromptOption,
     RequireOption,
+    RoundsOption,
     SequencesOption,
     TimelineOption,
     WireOption,
     model_and_profiles,
-    parse_headroom,
     parse_link,
 )
+from homeinfer.cli.shared_options import parse_headroom
 from homeinfer.cluster.plan_files import check_writable
 from homeinfer.cluster.planning.plan import Constraints, Prediction, Workload
 from homeinfer.cluster.planning.report import PlanReport
@@ -55,6 +56,7 @@ def plan(
     require: RequireOption = None,
     forbid: ForbidOption = None,
     private_layers: PrivateOption = 1,
+    rounds: RoundsOption = 0,
     headroom: HeadroomOption = "10%",
     compare: CompareOption = False,
     timeline: TimelineOption = None,
@@ -91,6 +93,7 @@ def plan(
         forbidden=tuple(forbid or ()),
         private_first=private_layers,
         private_last=private_layers,
+        rounds=rounds,
     )
     parse_link(link)
     if timeline is not None:

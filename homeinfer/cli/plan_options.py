@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from homeinfer.cli.quantize_options import wrong_usage
+from homeinfer.cli import shared_options
+from homeinfer.cli.shared_options import wrong_usage
+from homeinfer.cluster.planning.plan import Objective, Wire
 from homeinfer.cluster.planning.profile import Network
 from homeinfer.model.header import printable
 
@@ -51,19 +52,12 @@ PromptOption = Annotated[
         rich_help_panel=_WHAT_FOR,
     ),
 ]
-ObjectiveOption = Annotated[
-    Literal["latency", "throughput", "ttft"],
-    typer.Option(
-        help="latency: the least time per token; throughput: the most tokens per second of all answers together; "
-        "ttft: the first token soonest.",
-        rich_help_panel=_WHAT_FOR,
-    ),
-]
+ObjectiveOption = Annotated[Objective, shared_options.objective(_WHAT_FOR)]
 KvTypeOption = Annotated[
     str, typer.Option(metavar="TYPE", help="The KV cache's type: f16, q8_0, …", rich_help_panel=_WHAT_FOR)
 ]
 WireOption = Annotated[
-    Literal["f32", "f16", "bf16", "q8"],
+    Wire,
     typer.Option(help="How hidden states travel between devices.", rich_help_panel=_WHAT_FOR),
 ]
 LinkOption = Annotated[
@@ -80,12 +74,8 @@ HeadOption = Annotated[
         metavar="NAME", help="The device you sit at; that of the first profile unless given.", rich_help_panel=_DEMANDS
     ),
 ]
-RequireOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="This device must take part.", rich_help_panel=_DEMANDS)
-]
-ForbidOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="This device must not take part.", rich_help_panel=_DEMANDS)
-]
+RequireOption = Annotated[list[str] | None, shared_options.required(_DEMANDS)]
+ForbidOption = Annotated[list[str] | None, shared_options.forbidden(_DEMANDS)]
 PrivateOption = Annotated[
     int,
     typer.Option(
@@ -95,15 +85,9 @@ PrivateOption = Annotated[
         rich_help_panel=_DEMANDS,
     ),
 ]
-HeadroomOption = Annotated[
-    str,
-    typer.Option(
-        metavar="SHARE",
-        help="The share of each device's memory that stays free for your other programs.",
-        rich_help_panel=_DEMANDS,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=_MORE)]
+HeadroomOption = Annotated[str, shared_options.headroom(_DEMANDS)]
+RoundsOption = Annotated[int, shared_options.rounds(_DEMANDS)]
+JsonOption = Annotated[bool, shared_options.json_option(_MORE)]
 TimelineOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE.svg", help="Write a picture of one token's way around the ring.", rich_help_panel=_MORE),
@@ -146,15 +130,3 @@ def parse_link(text: str | None) -> Network:
         wrong_usage(f"--link: '{printable(text or '', 40)}' is no link; write rate and delay, such as 300mbit,1ms")
     delay = float(match["delay"] or 0) * _DELAYS[match["of"] or "s"]
     return Network(bytes_per_s=rate, latency_s=delay / 2)
-
-
-def parse_headroom(text: str) -> float:
-    """ "10%" or "0.1" as a share; exits with 2 for anything else."""
-    plain = text.strip()
-    try:
-        share = float(plain.removesuffix("%")) / (100 if plain.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share < 1:
-        wrong_usage(f"--headroom: '{printable(text, 40)}' is no share; write 10% or 0.1, less than 100%")
-    return share

@@ -26,8 +26,8 @@ _SHOWN = 0.0005
 """A smaller share of a token is nothing to show."""
 
 
-def show_report(report: PlanReport) -> None:
-    """Windows, speed, where the time goes, memory, who is left out, what would help."""
+def show_report(report: PlanReport, *, has_advice: bool = True) -> None:
+    """Windows, speed, where the time goes, memory, who is left out, what would help where that was looked for."""
     console.print(_heading(report))
     console.print()
     console.print(_windows(report))
@@ -37,7 +37,8 @@ def show_report(report: PlanReport) -> None:
     _show_time(report)
     _show_memory(report)
     _show_left_out(report.devices)
-    _show_advice(report)
+    if has_advice:
+        _show_advice(report)
     if report.compare:
         console.print("\n[bold]other rules, same devices[/bold]")
         console.print(_comparison(report))

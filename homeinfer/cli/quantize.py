@@ -17,7 +17,6 @@ from homeinfer.cli.quantize_options import (
     FitOption,
     ForceOption,
     ImatrixOption,
-    JsonOption,
     RecipeOption,
     ReportOption,
     RequantizeOption,
@@ -34,6 +33,7 @@ from homeinfer.cli.quantize_options import (
     require_agreeing,
     require_one_way,
 )
+from homeinfer.cli.shared_options import JsonOption
 from homeinfer.model.header import Header, read_header
 from homeinfer.quant.budget import Budget, check_budget
 from homeinfer.quant.dry_run import DryRun, refuse_early

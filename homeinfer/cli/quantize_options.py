@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from homeinfer.cli.shared_options import wrong_usage
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
 from homeinfer.quant.budget import Budget, budget_of_bpw, budget_of_devices, budget_of_size, parse_size, read_profiles
@@ -17,7 +18,6 @@ from homeinfer.quant.recipes import RECIPES
 
 _SMALL = "How small: one of these"
 _CHOICE = "What decides the types"
-_WRONG_USAGE = 2
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 _SOURCE_TYPE = re.compile(r"[-._](f16|bf16|f32|fp16|fp32|q8_0)$", re.IGNORECASE)
 
@@ -100,13 +100,6 @@ RequantizeOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite DST if it exists.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores unless given.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-
-
-def wrong_usage(line: str) -> NoReturn:
-    """Say what is wrong with the command line, in one line, and leave with exit code 2."""
-    typer.echo(f"homeinfer: {' '.join(line.split())}", err=True)
-    raise typer.Exit(_WRONG_USAGE)
 
 
 def require_one_way(

@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from homeinfer.chat.reading import Reading
 from homeinfer.chat.template import ChatMessage, ChatTemplate
 from homeinfer.chat.text import for_terminal
 from homeinfer.cli import ui
@@ -16,7 +17,6 @@ from homeinfer.cli.opening import (
     ContextOption,
     GpuOption,
     LocalOption,
-    ModelArgument,
     Opened,
     RingOption,
     StreamOption,
@@ -36,6 +36,7 @@ from homeinfer.cli.sampling_options import (
     TopPOption,
     grammar_text,
 )
+from homeinfer.cli.shared_options import ModelArgument
 from homeinfer.cluster.local import RingOptions
 from homeinfer.engine.answers import Outcome
 from homeinfer.engine.generate import FinishReason
@@ -111,7 +112,14 @@ def run(
     options = RingOptions(devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream)
     with opened(model, options, local=local, quiet=json) as ready:
         tokens = prompt_tokens(ready, text, system, raw=raw)
-        outcome = ready.generator.answer(tokens, sampling, n_predict, on_text=_ignore if json else _print)
+        with Reading(ui.notes) as reading:
+
+            def write(piece: str) -> None:
+                reading.done()
+                if not json:
+                    _print(piece)
+
+            outcome = ready.generator.answer(tokens, sampling, n_predict, on_text=write)
         devices = list(ready.generator.teller.devices)
     if json:
         typer.echo(msgspec.json.encode(run_result(outcome, devices, sampling.seed)))
@@ -157,7 +165,3 @@ def run_result(outcome: Outcome, devices: list[DeviceInfo], seed: int) -> RunRes
 def _print(text: str) -> None:
     sys.stdout.write(for_terminal(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
-
-
-def _ignore(_text: str) -> None:
-    pass

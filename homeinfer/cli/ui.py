@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -58,6 +58,16 @@ def loading(names: list[str]) -> Iterator[Callable[[list[float]], None]]:
 def layer_range(first: int, last: int) -> str:
     """Layers [first, last) as a person counts them."""
     return f"{first}–{last - 1}" if last - first > 1 else f"{first}"
+
+
+def layer_ranges(spans: Iterable[tuple[int, int]]) -> list[str]:
+    """Those of a device, neighbours as one: resident and streamed layers of one window are spans of their own."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if merged and merged[-1][1] == first:
+            first = merged.pop()[0]
+        merged.append((first, last))
+    return [layer_range(first, last) for first, last in merged]
 
 
 def show_plan(devices: tuple[DeviceInfo, ...], layer_bytes: list[int]) -> None:

@@ -191,8 +191,11 @@ def windows_folder(named: str) -> Path:
     return default_folder() / "cluster"
 
 
-async def _main() -> None:
-    start = msgspec.json.decode(await asyncio.to_thread(sys.stdin.buffer.readline), type=AgentStart)
+async def _main() -> Ended:
+    try:
+        start = msgspec.json.decode(await asyncio.to_thread(sys.stdin.buffer.readline), type=AgentStart)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as problem:
+        return Ended(f"the agent was given what it can't read: {problem}", is_problem=True)
     ended: list[Ended] = []
     agent = Agent(start.options, lambda event: ended.append(event) if isinstance(event, Ended) else None)
     loop = asyncio.get_running_loop()
@@ -211,15 +214,16 @@ async def _main() -> None:
     try:
         await agent.run()
     except HomeinferError as problem:
-        ended.append(Ended(str(problem), is_problem=True))
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.buffer.write(msgspec.json.encode(ended[-1]) + b"\n")
-        sys.stdout.buffer.flush()
+        return Ended(str(problem), is_problem=True)
+    return ended[-1]
 
 
 def main() -> None:
     """Entry of the process."""
-    asyncio.run(_main())
+    ended = asyncio.run(_main())
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.buffer.write(msgspec.json.encode(ended) + b"\n")
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

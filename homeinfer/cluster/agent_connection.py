@@ -7,21 +7,26 @@ import contextlib
 import socket as sockets
 import time
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 import msgspec
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import recv_monitor_message
 
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.control import LOST_SECONDS, MOST_BYTES, Bye, FromAgent, FromHead, Hello, Refuse, Welcome
-from homeinfer.cluster.wire.secure import Secure, tcp_address
+from homeinfer.cluster.wire.ledger import HANDSHAKE_SECONDS
+from homeinfer.cluster.wire.secure import Secure, frames_of, tcp_address
 from homeinfer.errors import HomeinferError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0
 _KNOCK_SECONDS = 2.0
 _FIND_SECONDS = 60.0
-_EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+
+Reached = Literal["nothing", "port", "refusal", "head"]
+"""How far a connection came: to nothing; to something that listens and says nothing, as a head does to strangers; to
+who breaks off at once, as a head does whose key is another; into the head."""
 
 
 class HeadAddress(msgspec.Struct, frozen=True):
@@ -56,7 +61,9 @@ class Connection:
         find: Callable[[], Awaitable[tuple[tuple[str, ...], int]]] | None = None,
     ) -> None:
         """`hello` makes a connection's first message from the address that this device has towards the head."""
-        self._secure, self._head = secure, head
+        self._secure, self._key = secure, head.key
+        self._known = tuple((host, head.port) for host in head.hosts)
+        self._places = self._known
         self._hello, self._on_seek, self._find = hello, on_seek, find
         self._socket: zmq.asyncio.Socket | None = None
         self._is_member = False
@@ -83,38 +90,37 @@ class Connection:
         """Talk to the head, find it again whenever it is lost, until it says that this device may go."""
         turn = 0
         while True:
-            hosts = self._head.hosts
-            host = hosts[turn % len(hosts)]
+            host, port = self._places[turn % len(self._places)]
             self._on_seek(host, "", self.away_seconds)
-            was_member, left, reason = await self._talk(host, heard)
+            was_member, left, reason = await self._talk(host, port, heard)
             if left is not None:
                 return left
             self._on_seek(host, reason, self.away_seconds)
             turn = turn if was_member else turn + 1
-            if was_member or turn % len(hosts) == 0:
-                await self._pause(0 if was_member else turn // len(hosts))
+            if was_member or turn % len(self._places) == 0:
+                await self._pause(0 if was_member else turn // len(self._places))
 
     async def _pause(self, rounds: int) -> None:
+        """What is found may be anybody's word: it comes before the known addresses, and never in their place."""
         is_time = rounds >= 2 and time.monotonic() - self._found > _FIND_SECONDS
         if is_time and self._find is not None:
             self._found = time.monotonic()
             hosts, port = await self._find()
             if hosts:
-                every = dict.fromkeys((*hosts, *self._head.hosts))
-                self._head = msgspec.structs.replace(self._head, hosts=tuple(every), port=port)
+                self._places = tuple(dict.fromkeys((*((host, port) for host in hosts), *self._known)))
         await asyncio.sleep(min(_FIRST_PAUSE * 2 ** min(rounds, 10), _LONGEST_PAUSE))
 
-    async def _talk(self, host: str, heard: Callable[[FromHead], None]) -> tuple[bool, Left | None, str]:
+    async def _talk(self, host: str, port: int, heard: Callable[[FromHead], None]) -> tuple[bool, Left | None, str]:
         """One connection: whether it came to a Welcome, how the head ended it, why it is lost otherwise."""
         try:
-            own = await asyncio.to_thread(own_address, host, self._head.port)
+            own = await asyncio.to_thread(own_address, host, port)
         except OSError as problem:
-            return False, None, _unreachable(host, self._head.port, problem)
+            return False, None, _unreachable(host, port, problem)
+        watch = _Watch()
         try:
-            opened = self._secure.dealer(tcp_address(host, self._head.port), self._head.key, MOST_BYTES)
+            opened = self._secure.dealer(tcp_address(host, port), self._key, MOST_BYTES, on_event=watch.saw)
         except HomeinferError as problem:
             return False, None, str(problem)
-        watch = _Watch(opened)
         self._socket = opened
         try:
             self._put(self._hello(own))
@@ -122,23 +128,21 @@ class Connection:
             was_member = self._is_member
         finally:
             self._socket, self._is_member = None, False
-            watch.close()
             opened.close(linger=0)
         if left is not None or was_member:
             return was_member, left, "" if left is not None else f"{host} is gone"
-        return False, None, await why_silent(host, self._head.port, has_connected=watch.has_connected)
+        return False, None, await why_silent(host, port, watch.reached)
 
     async def _listen(
         self, opened: zmq.asyncio.Socket, watch: _Watch, host: str, heard: Callable[[FromHead], None]
     ) -> Left | None:
         """Until the head leaves, or is silent for too long (None)."""
-        begin = time.monotonic()
         while True:
-            # without a Welcome no other sign of life counts: the Hello may have been lost
-            left = LOST_SECONDS if self._is_member else max(begin + LOST_SECONDS - time.monotonic(), 0)
-            frame = await _next(opened, watch.broken, left)
+            frame = await _next(opened, watch.broken, self._patience(watch))
             if frame is None:
-                return None
+                if self._is_member or watch.broken.is_set() or self._patience(watch) <= 0:
+                    return None
+                continue  # it has connected only meanwhile
             with contextlib.suppress(HomeinferError):  # a newer head may say what this agent does not know
                 message = control.from_head(frame)
                 self._heard = time.monotonic()
@@ -148,6 +152,11 @@ class Connection:
                     self._is_member, self.host = True, host
                 if self._is_member:
                     heard(message)
+
+    def _patience(self, watch: _Watch) -> float:
+        """Seconds until the head is taken for gone. Without a Welcome no other sign of life counts: the Hello may have
+        been lost."""
+        return LOST_SECONDS if self._is_member else max(watch.since + LOST_SECONDS - time.monotonic(), 0)
 
     def _put(self, message: FromAgent) -> bool:
         if self._socket is None:
@@ -164,14 +173,14 @@ class Connection:
 
 async def _next(opened: zmq.asyncio.Socket, broken: asyncio.Event, seconds: float) -> bytes | None:
     """The next message of one frame, or None when the connection broke or was silent for so long."""
-    receiving = asyncio.ensure_future(opened.recv_multipart())
+    receiving = asyncio.ensure_future(opened.recv_multipart(copy=False))
     breaking = asyncio.ensure_future(broken.wait())
     try:
         done, _ = await asyncio.wait({receiving, breaking}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if receiving not in done:
             return None
-        frames = receiving.result()
-        return frames[0] if len(frames) == 1 else b""
+        frames = frames_of(receiving.result())
+        return frames[0].bytes if len(frames) == 1 else b""
     finally:
         breaking.cancel()
         receiving.cancel()
@@ -180,25 +189,27 @@ async def _next(opened: zmq.asyncio.Socket, broken: asyncio.Event, seconds: floa
 class _Watch:
     """What ZeroMQ notices of a connection: TCP says at once when the other process has ended."""
 
-    def __init__(self, watched: zmq.asyncio.Socket) -> None:
+    def __init__(self) -> None:
         self.broken = asyncio.Event()
-        self.has_connected = False
-        self._watched = watched
-        self._monitor = watched.get_monitor_socket(_EVENTS)
-        self._task = asyncio.create_task(self._follow())
+        self.reached: Reached = "nothing"
+        self.since = time.monotonic()
+        """When it was begun; as soon as there is a connection, when that was made."""
+        self._loop = asyncio.get_running_loop()
 
-    async def _follow(self) -> None:
-        while True:
-            event = (await recv_monitor_message(self._monitor))["event"]
-            if event == zmq.EVENT_CONNECTED:
-                self.has_connected = True
-            elif event == zmq.EVENT_DISCONNECTED:
-                self.broken.set()
+    def saw(self, event: int) -> None:
+        """For another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._note, event)
 
-    def close(self) -> None:
-        self._task.cancel()
-        self._watched.disable_monitor()
-        self._monitor.close(linger=0)
+    def _note(self, event: int) -> None:
+        if event == zmq.EVENT_CONNECTED:
+            self.reached, self.since = "port", time.monotonic()
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.reached = "head"
+        elif event == zmq.EVENT_DISCONNECTED:
+            is_early = time.monotonic() - self.since < HANDSHAKE_SECONDS / 2
+            self.reached = "refusal" if self.reached == "port" and is_early else self.reached
+            self.broken.set()
 
 
 def own_address(host: str, port: int) -> str:
@@ -209,9 +220,14 @@ def own_address(host: str, port: int) -> str:
         return str(asked.getsockname()[0])
 
 
-async def why_silent(host: str, port: int, *, has_connected: bool) -> str:
+async def why_silent(host: str, port: int, reached: Reached) -> str:
     """Why a head did not answer, and what to check, in one line."""
-    if not has_connected:
+    if reached == "refusal":
+        return (
+            f"{host} doesn't answer this device: another head runs there, or this one's keys are new; join again with "
+            "a new code (`homeinfer cluster code` on the head)"
+        )
+    if reached == "nothing":
         try:
             _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), _KNOCK_SECONDS)
             writer.close()
@@ -222,10 +238,12 @@ async def why_silent(host: str, port: int, *, has_connected: bool) -> str:
             )
         except (OSError, TimeoutError) as problem:
             return _unreachable(host, port, problem)
-    return (
-        f"{host} doesn't answer this device: another head may run there, or this one's keys are new, or it has "
-        "forgotten this device; join again with a new code (`homeinfer cluster code` on the head)"
-    )
+    if reached == "port":
+        return (
+            f"{host} doesn't answer this device: the head may be starting, or busy; if this goes on, it has forgotten "
+            "this device; join again with a new code (`homeinfer cluster code` on the head)"
+        )
+    return f"{host} is there, but says nothing yet: the head may be starting, or busy"
 
 
 def _unreachable(host: str, port: int, problem: Exception) -> str:

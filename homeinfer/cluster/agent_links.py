@@ -7,6 +7,7 @@ import statistics
 import struct
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,19 @@ import zmq
 import zmq.auth.thread
 
 from homeinfer.cluster.agent_jobs import Closed, FromJob, Opened, OpenEnd, Timed, TimeLink
+from homeinfer.cluster.wire.guard import Guard, count_taken, wire_bytes
 from homeinfer.cluster.wire.keys import DeviceKeys
+from homeinfer.cluster.wire.ledger import HANDSHAKE_SECONDS
 from homeinfer.errors import HomeinferError
 from homeinfer.profiling.hops import SWEEP_BYTES
 from homeinfer.profiling.link_probe import fitted
 
 _TRIPS = 12
+_ENOUGH_SECONDS = 2.0
+"""For so long messages of one length go there and back; slow links get by with fewer, since answers may need them."""
 _PATIENCE_MS = 10_000
-_MOST_BYTES = 4 << 20
+_MOST_BYTES, _MOST_HELD = 4 << 20, 16 << 20
+_NO_ANSWER = "the other end of a link sent something that is no answer"
 _SWEPT = struct.Struct("<d")
 
 
@@ -37,46 +43,38 @@ class _Only:
 
 def open_end(job: OpenEnd, say: Callable[[FromJob], None]) -> Closed:
     """Send back what comes, with the time that sweeping the caches took meanwhile. Raises HomeinferError."""
-    context = zmq.Context()
-    guard = zmq.auth.thread.ThreadAuthenticator(context)
-    guard.start()
-    guard.configure_curve_callback("probe", credentials_provider=_Only(job.allowed))
-    socket = _socket(context, zmq.ROUTER, job.own)
-    try:
-        socket.curve_server, socket.zap_domain = True, b"probe"
-        _bind(socket, job.listen)
-        say(Opened(int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])))
+    with closing(_End(zmq.ROUTER, job.own)) as end:
+        end.bind(job.listen, job.allowed)
+        say(Opened(int(end.socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])))
         sweep = np.ones(SWEEP_BYTES // 8)
-        for _ in range((_TRIPS + 1) * len(job.sizes)):
-            sender, body = _received(socket, 2)
-            begin = time.perf_counter()
-            sweep.sum()
-            socket.send_multipart([sender, _SWEPT.pack(time.perf_counter() - begin), body])
+        try:
+            for _ in range((_TRIPS + 1) * len(job.sizes) + 1):
+                sender, body = end.received(2)
+                if not body:
+                    break  # that was all
+                begin = time.perf_counter()
+                sweep.sum()
+                end.socket.send_multipart([sender, _SWEPT.pack(time.perf_counter() - begin), body])
+        except _Silence:
+            raise HomeinferError("nothing came over a link that was to be timed") from None
         return Closed()
-    finally:
-        socket.close(linger=1000)
-        guard.stop()
-        context.term()
 
 
 def time_link(job: TimeLink) -> Timed:
-    """The link to the device where an end is open. Raises HomeinferError when nothing comes back."""
-    context = zmq.Context()
-    socket = _socket(context, zmq.DEALER, job.own)
-    try:
-        socket.curve_serverkey = job.server_key.encode()
-        socket.connect(job.address)
-        sweep = np.ones(SWEEP_BYTES // 8)
-        times = [statistics.median(_trips_ms(socket, sweep, size)) / 2 for size in job.sizes]
-    except zmq.ZMQError as problem:
-        raise HomeinferError(f"{job.to} can't be reached at {job.address}: {problem.strerror}") from None
-    except _Silence:
-        raise HomeinferError(
-            f"nothing comes back from {job.to} ({job.address}): does its firewall let other devices in?"
-        ) from None
-    finally:
-        socket.close(linger=0)
-        context.term()
+    """The link to the device where an end is open. Raises HomeinferError when nothing comes back, or something else."""
+    with closing(_End(zmq.DEALER, job.own)) as end:
+        try:
+            end.socket.curve_serverkey = job.server_key.encode()
+            end.socket.connect(job.address)
+            sweep = np.ones(SWEEP_BYTES // 8)
+            times = [statistics.median(_trips_ms(end, sweep, size)) / 2 for size in job.sizes]
+            end.socket.send(b"")  # that was all
+        except zmq.ZMQError as problem:
+            raise HomeinferError(f"{job.to} can't be reached at {job.address}: {problem.strerror}") from None
+        except _Silence:
+            raise HomeinferError(
+                f"nothing comes back from {job.to} ({job.address}): does its firewall let other devices in?"
+            ) from None
     return Timed(fitted(job.to, job.sizes, (times[0], times[1]), job.hop_ms))
 
 
@@ -84,38 +82,65 @@ class _Silence(Exception):
     """Nothing came in time."""
 
 
-def _trips_ms(socket: zmq.Socket[bytes], sweep: Any, nbytes: int) -> list[float]:
+class _End:
+    """A socket of its own context, whose peers are watched."""
+
+    def __init__(self, kind: int, own: DeviceKeys) -> None:
+        self._context = zmq.Context()
+        self._guard = Guard(self._context)
+        self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
+        self.socket: zmq.Socket[bytes] = self._context.socket(kind)
+        self.socket.curve_publickey, self.socket.curve_secretkey = own.public.encode(), own.secret.encode()
+        self.socket.ipv6 = True
+        self.socket.rcvtimeo = _PATIENCE_MS
+        self.socket.handshake_ivl = int(HANDSHAKE_SECONDS * 1000)
+        self._ledger = self._guard.watch(
+            self.socket, _MOST_BYTES, _MOST_HELD, listens=kind == zmq.ROUTER, most_queued=_MOST_HELD // _MOST_BYTES
+        )
+
+    def bind(self, address: str, allowed: str) -> None:
+        """Listen to one key. Raises HomeinferError."""
+        self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("probe", credentials_provider=_Only(allowed))
+        self.socket.curve_server, self.socket.zap_domain = True, b"probe"
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as problem:
+            raise HomeinferError(f"can't listen at {address} to time a link: {problem.strerror}") from None
+
+    def received(self, n_frames: int) -> list[bytes]:
+        """The next message. Raises _Silence, and HomeinferError for one of another number of frames."""
+        try:
+            frames = self.socket.recv_multipart(copy=False)
+        except zmq.Again:
+            raise _Silence from None
+        on_wire = frames[1:] if self.socket.type == zmq.ROUTER else frames
+        count_taken(self._ledger, frames[-1], sum(wire_bytes(len(frame)) for frame in on_wire))
+        if len(frames) != n_frames:
+            raise HomeinferError(_NO_ANSWER)
+        return [frame.bytes for frame in frames]
+
+    def close(self) -> None:
+        """What was sent last still leaves, within a second."""
+        self.socket.close(linger=1000)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._guard.close()
+        self._context.term()
+
+
+def _trips_ms(end: _End, sweep: Any, nbytes: int) -> list[float]:
     """Round trips of messages of nbytes, without the sweeping, and without the first, which finds connection and
-    buffers cold."""
-    times, body = [], bytes(nbytes)
-    for _ in range(_TRIPS + 1):
+    buffers cold, unless it was slow. Raises _Silence, and HomeinferError for what is no answer."""
+    times, body = list[float](), bytes(nbytes)
+    while len(times) <= _TRIPS and sum(times) < 1e3 * _ENOUGH_SECONDS:
         sweep.sum()
         begin = time.perf_counter()
-        socket.send(body)
-        swept, _ = _received(socket, 2)
-        times.append((time.perf_counter() - begin - _SWEPT.unpack(swept)[0]) * 1e3)
-    return times[1:]
-
-
-def _received(socket: zmq.Socket[bytes], n_frames: int) -> list[bytes]:
-    if not socket.poll(_PATIENCE_MS):
-        raise _Silence
-    frames = socket.recv_multipart()
-    if len(frames) != n_frames:
-        raise HomeinferError("the other end of a link sent something that is no answer")
-    return frames
-
-
-def _socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, own: DeviceKeys) -> zmq.Socket[bytes]:
-    socket: zmq.Socket[bytes] = context.socket(kind)
-    socket.curve_publickey, socket.curve_secretkey = own.public.encode(), own.secret.encode()
-    socket.ipv6 = True
-    socket.maxmsgsize = _MOST_BYTES
-    return socket
-
-
-def _bind(socket: zmq.Socket[bytes], address: str) -> None:
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as problem:
-        raise HomeinferError(f"can't listen at {address} to time a link: {problem.strerror}") from None
+        end.socket.send(body)
+        swept, back = end.received(2)
+        took = time.perf_counter() - begin
+        if len(swept) != _SWEPT.size or len(back) != nbytes or not 0 <= _SWEPT.unpack(swept)[0] <= took:
+            raise HomeinferError(_NO_ANSWER)
+        times.append((took - _SWEPT.unpack(swept)[0]) * 1e3)
+    return times[1:] or times

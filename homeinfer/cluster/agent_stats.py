@@ -16,6 +16,8 @@ from homeinfer.profiling.machine import usable_memory
 
 _SLOW_SECONDS = 5.0
 """What changes slowly, or costs more to ask, is asked so often."""
+_SELDOM, _SOON_SECONDS = 1000.0, 2.0
+"""What costs the system long to say is asked again after so many times what it cost, at the soonest."""
 
 
 class _Sums(msgspec.Struct, frozen=True):
@@ -39,10 +41,11 @@ class Meter:
         self._pressure = pressure_file()
         self._stalls = (time.monotonic(), stalled_seconds(self._pressure))
         self._slow: tuple[float, int] | None = None
+        self._share: tuple[float, int] = (0.0, 0)
 
     def follow(self, engine: int | None) -> None:
         """The engine's pid from now on (None: there is none); sums begin anew."""
-        self._engine = None
+        self._engine, self._share = None, (0.0, 0)
         if engine is not None:
             with contextlib.suppress(psutil.Error):
                 self._engine = psutil.Process(engine)
@@ -54,9 +57,10 @@ class Meter:
         return _memory(self._engine)
 
     def read(self) -> DeviceStats:
-        now = self._sums()
+        now, engine = self._sums(), self.engine_bytes
         return DeviceStats(
-            memory_bytes=_memory(self._agent) + self.engine_bytes,
+            memory_bytes=_memory(self._agent) + engine,
+            engine_bytes=self._engine_share(),
             available_bytes=usable_memory(),
             total_bytes=self._total,
             stalled=self._stalled(),
@@ -76,6 +80,17 @@ class Meter:
             received,
             sum(_cpu_seconds(process) for process in processes),
         )
+
+    def _engine_share(self) -> int:
+        """The engine's memory as a profile measures it: its share of what it has in common with others. The system
+        counts pages for that, many in a large engine."""
+        due, found = self._share
+        begin = time.monotonic()
+        if begin >= due:
+            found = _share_of(self._engine)
+            took = time.monotonic() - begin
+            self._share = (begin + max(_SOON_SECONDS, _SELDOM * took), found)
+        return found
 
     def _stalled(self) -> float:
         then, before = self._stalls
@@ -102,6 +117,14 @@ def _memory(process: psutil.Process | None) -> int:
     with contextlib.suppress(psutil.Error):
         return int(process.memory_info().rss) if process is not None else 0
     return 0
+
+
+def _share_of(process: psutil.Process | None) -> int:
+    with contextlib.suppress(psutil.Error, AttributeError):
+        if process is not None:
+            memory = process.memory_full_info()
+            return int(getattr(memory, "pss", 0) or memory.uss)
+    return _memory(process)
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

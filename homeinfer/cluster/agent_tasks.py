@@ -30,7 +30,13 @@ class Tasks:
                 return
             before[1].cancel()
         task = asyncio.create_task(self._do(kind, None if before is None else before[1], work))
-        self._running[kind] = (what, task)
+        self._running[kind] = entry = (what, task)
+
+        def forget(_task: asyncio.Task[None]) -> None:
+            if self._running.get(kind) is entry:
+                del self._running[kind]
+
+        task.add_done_callback(forget)
 
     async def _do(self, kind: str, before: asyncio.Task[None] | None, work: Callable[[], Awaitable[None]]) -> None:
         if before is not None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from homeinfer.cluster.agent_jobs import ModelHere
 from homeinfer.cluster.weights.rate import RateLimit
 from homeinfer.cluster.weights.serve import WeightsServer
-from homeinfer.cluster.weights.sparse_copy import model_folder
 from homeinfer.cluster.weights.store import Store
 from homeinfer.cluster.wire.control import Fetch, Holds, Manifest, Source, Task
 from homeinfer.errors import HomeinferError
@@ -91,17 +90,7 @@ class Weights:
         """For a process that works with the model, as it is on the disk now. Raises HomeinferError while none is
         known."""
         await asyncio.to_thread(self._store.save)
-        return ModelHere(self.manifest, str(self._path()), self._store.holds(), str(self._folder))
-
-    def _path(self) -> Path:
-        """The model's first file. Not by its header, which takes tens of megabytes that an idle agent would keep."""
-        own = self._store.own_path
-        name = self.manifest.files[0].name
-        copy = model_folder(self._folder / "models", self.manifest)
-        found = own or next((path for path in copy.rglob("*") if path.name == name), None)
-        if found is None:
-            raise HomeinferError("the model's headers are not on this device yet")
-        return found
+        return ModelHere(self.manifest, str(self._store.path()), self._store.holds(), str(self._folder))
 
     async def fetch(self, fetch: Fetch, on_progress: OnProgress) -> Holds:
         """Check what is on this disk and get the rest. Raises HomeinferError when some can't be had; cancelling leaves

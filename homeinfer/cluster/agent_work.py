@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import msgspec
 
-import homeinfer
 from homeinfer.cluster.agent_jobs import FromJob, Job, Opened, Result, Share, Unable
 from homeinfer.cluster.agent_tasks import to_the_end
+from homeinfer.cluster.module_process import give_line, keep_last_lines, last_line, let_end, start_module
 from homeinfer.errors import HomeinferError
 
+_MODULE = "homeinfer.cluster.agent_worker"
+_WHAT = "the process that works for this device"
 _MOST_LINE = 64 << 20
 _END_SECONDS = 5.0
 """A process that is told to end gets so long to remove what it was writing."""
@@ -26,73 +25,42 @@ OnNote = Callable[[Share | Opened], None]
 
 async def work(job: Job, on_note: OnNote = lambda _note: None, environment: Mapping[str, str] = os.environ) -> Result:
     """Let a process do a job; cancelling ends it. Raises HomeinferError that says why it could not be done."""
-    # -P with the package's own folder: what lies in the working directory must not be imported
-    paths = [str(Path(homeinfer.__file__).parents[1]), environment.get("PYTHONPATH", "")]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",
-        "-m",
-        "homeinfer.cluster.agent_worker",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=_MOST_LINE,
-        env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        start_new_session=True,  # a Ctrl-C in the terminal is the agent's to deal with
-    )
+    process = await start_module(_MODULE, environment, _MOST_LINE)
     said: list[bytes] = []
-    listening = asyncio.create_task(_last_lines(process, said))
+    listening = asyncio.create_task(keep_last_lines(process, said))
     try:
-        return await _follow(process, job, on_note, said, listening)
+        await give_line(process, msgspec.json.encode(job))
+        result = await _followed(process, on_note)
+        if result is None:
+            status = await process.wait()
+            await listening
+            raise HomeinferError(_death(status, said))
+        return result
     finally:
-        await to_the_end(_end(process, listening))
+        await to_the_end(let_end(process, _END_SECONDS))
+        listening.cancel()
 
 
-async def _follow(
-    process: asyncio.subprocess.Process, job: Job, on_note: OnNote, said: list[bytes], listening: asyncio.Task[None]
-) -> Result:
-    assert process.stdin is not None
+async def _followed(process: asyncio.subprocess.Process, on_note: OnNote) -> Result | None:
+    """What it says at last; None when it ends without."""
     assert process.stdout is not None
     decoder: msgspec.json.Decoder[FromJob] = msgspec.json.Decoder(FromJob)
-    with contextlib.suppress(ConnectionError):  # why it has ended is what follows
-        process.stdin.write(msgspec.json.encode(job) + b"\n")
-        await process.stdin.drain()
-    async for line in process.stdout:
-        match decoder.decode(line):
-            case Unable(reason):
-                raise HomeinferError(reason)
-            case Share() | Opened() as note:
-                on_note(note)
-            case result:
-                return result
-    status = await process.wait()
-    await listening
-    raise HomeinferError(_death(status, said))
-
-
-async def _last_lines(process: asyncio.subprocess.Process, said: list[bytes]) -> None:
-    assert process.stderr is not None
-    async for line in process.stderr:
-        if line.strip():
-            said[:] = [*said[-9:], line.strip()]
+    try:
+        async for line in process.stdout:
+            match decoder.decode(line):
+                case Unable(reason):
+                    raise HomeinferError(reason)
+                case Share() | Opened() as note:
+                    on_note(note)
+                case result:
+                    return result
+    except ValueError as problem:  # msgspec's, and asyncio's for a line without end
+        raise HomeinferError(f"{_WHAT} said what can't be read: {problem}") from None
+    return None
 
 
 def _death(status: int, said: list[bytes]) -> str:
-    what = "the process that works for this device"
-    if status == -signal.SIGKILL:
-        return f"{what} was killed, by someone or because memory ran out"
+    if status == -getattr(signal, "SIGKILL", 0):
+        return f"{_WHAT} was killed, by someone or because memory ran out"
     end = signal.Signals(-status).name if status < 0 else f"status {status}"
-    last = said[-1].decode("utf-8", "replace")[:500] if said else "no reason given"
-    return f"{what} ended with {end}: {last}"
-
-
-async def _end(process: asyncio.subprocess.Process, listening: asyncio.Task[None]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        await asyncio.wait_for(process.wait(), _END_SECONDS)
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-    listening.cancel()
+    return f"{_WHAT} ended with {end}: {last_line(said) or 'no reason given'}"

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[FromJob], None]
 _SAY_SECONDS = 0.2
-_ALL_LAYERS = -1
 
 
 def do(job: Job, say: Say) -> Result:
@@ -135,7 +134,7 @@ def window_specs(
     header: Header, runs: tuple[WindowRun, ...], paths: list[Path], options: EngineOptions, n_threads: int
 ) -> tuple[WindowSpec, ...]:
     """How to load each run's window."""
-    from homeinfer.cluster.local import RingOptions, threads, window_spec
+    from homeinfer.cluster.local import RingOptions, placed, threads, window_spec
     from homeinfer.profiling.machine import this_machine
 
     common = RingOptions(
@@ -146,11 +145,9 @@ def window_specs(
         flash_attention=options.flash_attention,
     )
 
-    def placed(place: str) -> RingOptions:
-        return msgspec.structs.replace(common, resident=place == "r", gpu_layers=_ALL_LAYERS if place == "g" else 0)
-
     return tuple(
-        window_spec(header, path, run.first, run.last, placed(run.place)) for run, path in zip(runs, paths, strict=True)
+        window_spec(header, path, run.first, run.last, placed(common, run.place, run.gpu))
+        for run, path in zip(runs, paths, strict=True)
     )
 
 
@@ -161,10 +158,7 @@ def measure(job: MeasureDevice, say: Say) -> Profiled:
 
     header = read_header(job.model.path)
     options = ProfileOptions(name=job.name, n_threads=job.n_threads, fresh=job.fresh)
-    profile = measure_profile(
-        without_holes(header), options, lambda what, share, left: say(Share(share, f"{what}, {left:.0f} s left"))
-    )
-    return Profiled(profile)
+    return Profiled(measure_profile(without_holes(header), options, lambda what, share, _: say(Share(share, what))))
 
 
 def without_holes(header: Header) -> Header:

@@ -40,6 +40,8 @@ RETURN_SECONDS = 120.0
 DOWN_SECONDS = 15.0
 """How long for one that ended on purpose: it may just be started anew."""
 
+_AWAY = "the cluster's head does not answer: waiting for it to come back"
+
 _T = TypeVar("_T")
 
 
@@ -131,7 +133,7 @@ class ClusterTeller:
         self._connection = Connection(folder)
         self._session = new_id()
         self._is_lost = False
-        self._asked_at = 0.0
+        self._began = self._asked_at = 0.0
 
     @property
     def n_ctx(self) -> int:
@@ -153,8 +155,10 @@ class ClusterTeller:
         Raises HomeinferError when it can't, or when the coordinator stays away.
         """
         telling = Telling(self._session, prompt, request)
-        self._asked_at = time.monotonic()
+        self._began = self._asked_at = time.monotonic()
         self._is_lost = not self._connection.send(telling.ask())
+        if self._is_lost:
+            self.on_notice(_AWAY)
         try:
             return self._tell(telling, on_token, cancelled)
         except BaseException:
@@ -205,12 +209,12 @@ class ClusterTeller:
             self._asked_at = now
             self._is_lost = now - self._connection.heard >= LOST_SECONDS or not self._connection.is_there()
             if self._is_lost:
-                self.on_notice("the cluster's head does not answer: waiting for it to come back")
+                self.on_notice(_AWAY)
             else:
                 self._resume(telling)
 
     def _look_for_head(self, telling: Telling, now: float) -> None:
-        away = now - self._connection.heard
+        away = now - max(self._connection.heard, self._began)
         if away >= DOWN_SECONDS and self._connection.was_taken_down():
             raise HomeinferError("the cluster was taken down: homeinfer cluster up starts it again")
         if away >= RETURN_SECONDS:

@@ -14,10 +14,12 @@ from homeinfer.cluster.ring import RingPipeline
 from homeinfer.cluster.ring_start import DeviceStart, RingStart, start_ring
 from homeinfer.engine.embedding import embedding_source
 from homeinfer.engine.window_spec import WindowSpec
-from homeinfer.model.architectures import input_scale
+from homeinfer.model.architectures import can_shift, input_scale
 from homeinfer.model.header import Header
 from homeinfer.model.window_file import Progress, cut_windows, default_folder
 from homeinfer.model.window_plan import n_layers, split_layers
+
+_ALL_LAYERS = -1
 
 
 class RingOptions(msgspec.Struct, frozen=True):
@@ -29,6 +31,7 @@ class RingOptions(msgspec.Struct, frozen=True):
     n_seq: int = 1
     n_threads: int = 0
     gpu_layers: int = 0
+    gpu: int | None = None
     resident: bool = True
     flash_attention: bool = False
     network: bool = False
@@ -72,10 +75,20 @@ def window_spec(header: Header, path: Path, first: int, last: int, options: Ring
         input_scale=1.0 if is_whole else input_scale(header, first),
         resident=options.resident,
         gpu_layers=options.gpu_layers,
+        gpu=options.gpu,
         n_batch=options.n_batch,
         n_seq=options.n_seq,
         n_threads=threads(options.n_threads),
         flash_attention=options.flash_attention,
+        can_shift=can_shift(header, first, last),
+    )
+
+
+def placed(options: RingOptions, place: str, gpu: int) -> RingOptions:
+    """With what a plan says of a run of layers: where they are (plan.LayerPlace), and on which of the device's GPUs."""
+    is_on_gpu = place == "g"
+    return msgspec.structs.replace(
+        options, resident=place == "r", gpu_layers=_ALL_LAYERS if is_on_gpu else 0, gpu=gpu if is_on_gpu else None
     )
 
 

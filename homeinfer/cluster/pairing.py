@@ -7,7 +7,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import zmq
@@ -20,7 +20,7 @@ from homeinfer.cluster.members import Member, Members
 from homeinfer.cluster.wire.codes import SECRET_BYTES, PairingCode
 from homeinfer.cluster.wire.control import PROTOCOL, Name, Port, Text, decoded
 from homeinfer.cluster.wire.keys import DeviceKeys
-from homeinfer.cluster.wire.secure import Secure, bound_port, connect, frames_of, sender_host, sender_key, tcp_address
+from homeinfer.cluster.wire.secure import Secure, bound_port, connect, received, sender_host, sender_key, tcp_address
 from homeinfer.errors import HomeinferError
 
 CODE_SECONDS = 600.0
@@ -28,8 +28,10 @@ MOST_WRONG = 5
 MOST_BYTES = 4096
 """No message of a pairing is larger."""
 _HOSTS_IN_CODE = 2
-_ASK_AGAIN_MS = 3000
+_ASK_AGAIN_SECONDS = 3.0
 _PATIENCE_SECONDS = 1.5
+_REFUSALS = 3
+"""So often, within that time, a port must refuse before nobody waits for it any more."""
 _LAST_ANSWER_SECONDS = 0.5
 """Of a socket that is closed at once, the last answer sometimes does not arrive."""
 _CLOSING_SECONDS = 1.0
@@ -148,13 +150,11 @@ class PairingDesk:
 
     async def _serve_one(self, socket: zmq.asyncio.Socket) -> None:
         left = self._until - time.monotonic()
-        if left <= 0 or not await socket.poll(int(left * 1000) + 1):
-            if time.monotonic() >= self._until:
-                self._void("the pairing code has expired")
-                self._stop_listening()
-            return
-        frames = frames_of(await socket.recv_multipart(copy=False))
-        if len(frames) != 2:
+        frames = await received(socket, left) if left > 0 else None
+        if frames is None and time.monotonic() >= self._until:
+            self._void("the pairing code has expired")
+            self._stop_listening()
+        if frames is None or len(frames) != 2:
             return
         answer = self._answer(frames[1])
         if answer is not None:
@@ -216,27 +216,29 @@ class PairingDesk:
 async def pair(code: PairingCode, keys: DeviceKeys, name: str, timeout: float = 15.0) -> KnownHead:
     """Register this device at the head that shows the code. name: what it would like to be called.
 
-    Takes at most `timeout` seconds and two more. Raises HomeinferError: what to check when the head isn't reached, why
-    when it refuses.
+    Takes at most `timeout` seconds and two more, and about two where nothing listens at any of the code's addresses.
+    Raises HomeinferError: what to check when the head isn't reached, why when it refuses.
     """
     secure = Secure(keys)
     asked = _encode(ShowSecret(PROTOCOL, homeinfer.__version__, code.secret, name[:64] or "device"))
     addresses = [tcp_address(host, code.port) for host in code.hosts]
     found: list[str] = []
-    looking: asyncio.Task[None] | None = None
+    tasks: list[asyncio.Task[Any]] = []
     try:
         socket = secure.dealer(addresses, code.key, MOST_BYTES, waits=True)
-        looking = asyncio.create_task(_look_elsewhere(socket, code, found))
-        async with asyncio.timeout(timeout):
-            frame = await _asked(socket, asked)
-            answer = decoded(_to_device, frame.buffer, "the head's answer")
-            reached = sender_host(frame)
-    except TimeoutError:
-        raise HomeinferError(await _why_silent(code)) from None
+        asking = asyncio.create_task(_asked(socket, asked))
+        refusing = asyncio.create_task(_all_refuse(code, found))
+        tasks += (asking, refusing, asyncio.create_task(_look_elsewhere(socket, code, found)))
+        await asyncio.wait((asking, refusing), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not asking.done():
+            raise HomeinferError(await _why_silent(code))
+        frame = asking.result()
+        answer = decoded(_to_device, frame.buffer, "the head's answer")
+        reached = sender_host(frame)
     finally:
-        if looking is not None:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         secure.close()
     if isinstance(answer, NotRegistered):
         raise HomeinferError(answer.reason)
@@ -247,13 +249,24 @@ async def _asked(socket: zmq.asyncio.Socket, message: bytes) -> zmq.Frame:
     """The answer. Asks again after a connection that was lost: who is registered already is told so."""
     while True:
         await socket.send(message)
-        if await socket.poll(_ASK_AGAIN_MS):
-            return frames_of(await socket.recv_multipart(copy=False))[-1]
+        if (frames := await received(socket, _ASK_AGAIN_SECONDS)) is not None:
+            return frames[-1]
+
+
+async def _all_refuse(code: PairingCode, found: list[str]) -> None:
+    """Until it is clear that nothing listens at the code's addresses, nor is the head known to have another."""
+    refused = 0
+    while refused < _REFUSALS or found:
+        await asyncio.sleep(_PATIENCE_SECONDS / _REFUSALS)
+        tried = await _tried(code)
+        if "open" in tried:
+            await asyncio.Event().wait()
+        refused = refused + 1 if set(tried) == {"closed"} else 0
 
 
 async def _look_elsewhere(socket: zmq.asyncio.Socket, code: PairingCode, found: list[str]) -> None:
     """When the code's addresses don't answer at once, the head may have got another one meanwhile."""
-    await asyncio.sleep(_PATIENCE_SECONDS)
+    await asyncio.sleep(_PATIENCE_SECONDS / _REFUSALS)
     head = await find(code.key)
     for host in head.hosts if head is not None else ():
         if host not in code.hosts:
@@ -263,7 +276,7 @@ async def _look_elsewhere(socket: zmq.asyncio.Socket, code: PairingCode, found: 
 
 async def _why_silent(code: PairingCode) -> str:
     hosts = " or ".join(code.hosts)
-    tried = await asyncio.gather(*(_try_tcp(host, code.port) for host in code.hosts))
+    tried = await _tried(code)
     if "open" in tried:
         return (
             f"what answers at {hosts} port {code.port} is not the head that made this code: "
@@ -278,6 +291,10 @@ async def _why_silent(code: PairingCode) -> str:
         f"the head does not answer at {hosts} port {code.port}: check that both devices are on the same network, that "
         f"cluster up is running there, and that its firewall lets TCP ports {code.port - 1} and {code.port} in"
     )
+
+
+async def _tried(code: PairingCode) -> list[str]:
+    return await asyncio.gather(*(_try_tcp(host, code.port) for host in code.hosts))
 
 
 async def _try_tcp(host: str, port: int) -> str:

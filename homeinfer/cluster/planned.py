@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
-
-from homeinfer.cluster.local import RingOptions, window_spec
+from homeinfer.cluster.local import RingOptions, placed, window_spec
 from homeinfer.cluster.planning.plan import Prediction, Ring
 from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.model.header import Header
 from homeinfer.model.window_file import Progress, cut_windows
 from homeinfer.model.window_plan import n_layers
-
-_ALL_LAYERS = -1
 
 
 def device_windows(
@@ -30,19 +26,14 @@ def device_windows(
     Files are cut into `folder` where they are missing; the whole model is taken as it is. `options` says all that
     places don't. Raises HomeinferError for layers that can't be a window.
     """
-    runs = [run for window in ring.windows if window.device == device for run in window.runs()]
-    edges = tuple((first, last) for first, last, _ in runs)
+    runs = [(*run, window.gpu) for window in ring.windows if window.device == device for run in window.runs()]
+    edges = tuple((first, last) for first, last, _, _ in runs)
     is_whole = edges == ((0, n_layers(header)),)
     paths = [Path(header.files[0].path)] if is_whole else cut_windows(header, edges, folder, progress)
     return tuple(
-        window_spec(header, path, first, last, _placed(options, place))
-        for (first, last, place), path in zip(runs, paths, strict=True)
+        window_spec(header, path, first, last, placed(options, place, gpu))
+        for (first, last, place, gpu), path in zip(runs, paths, strict=True)
     )
-
-
-def _placed(options: RingOptions, place: str) -> RingOptions:
-    gpu_layers = _ALL_LAYERS if place == "g" else 0
-    return msgspec.structs.replace(options, resident=place == "r", gpu_layers=gpu_layers)
 
 
 def stream_bytes(prediction: Prediction) -> Mapping[str, int]:

@@ -56,11 +56,12 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 class Generator:
-    """Answers of one model as text."""
+    """Answers of one model as text. longer: what a user does for a longer context."""
 
-    def __init__(self, teller: Teller, tokenizer: Tokenizer) -> None:
+    def __init__(self, teller: Teller, tokenizer: Tokenizer, longer: str = "set a larger --ctx") -> None:
         self.teller = teller
         self.tokenizer = tokenizer
+        self.longer = longer
         self._is_fresh = True
 
     def forget(self) -> None:
@@ -110,8 +111,7 @@ class Generator:
             raise HomeinferError("the prompt is empty: there is nothing to answer")
         if len(prompt) >= self.teller.n_ctx:
             raise HomeinferError(
-                f"the prompt has {len(prompt)} tokens, the context {self.teller.n_ctx}: "
-                "shorten it or set a larger --ctx"
+                f"the prompt has {len(prompt)} tokens, the context {self.teller.n_ctx}: shorten it or {self.longer}"
             )
 
 

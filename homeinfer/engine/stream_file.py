@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -55,7 +56,7 @@ def load_unread(header: Header, load: Callable[[str], Any]) -> tuple[Any, list[M
     try:
         handle = os.memfd_create("homeinfer-window")
         try:
-            with open(path, "rb") as file:  # noqa: PTH123
+            with Path(path).open("rb") as file:
                 os.write(handle, file.read(start))
                 os.ftruncate(handle, size)
                 with _shortened(handle, start):
@@ -100,7 +101,7 @@ def _mappings_of(handle: int) -> list[Mapping]:
     """Where this process has mapped a file."""
     inode = os.fstat(handle).st_ino
     found = []
-    with open("/proc/self/maps") as maps:  # noqa: PTH123
+    with Path("/proc/self/maps").open() as maps:
         for line in maps:
             fields = line.split(maxsplit=5)
             if int(fields[4]) == inode and "homeinfer-window" in line:

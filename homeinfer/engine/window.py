@@ -11,6 +11,7 @@ import numpy as np
 from homeinfer import _native
 from homeinfer.engine import runtime
 from homeinfer.engine.embedding import map_rows
+from homeinfer.engine.gpus import one_gpu
 from homeinfer.engine.huge_pages import ask_for_huge_pages
 from homeinfer.engine.pipeline import Copy, Flags, Floats, Ints, Keep, KvEdit, Remove, Shift
 from homeinfer.engine.streaming import Streamer
@@ -61,7 +62,8 @@ class LayerWindow:
         self._memory = self._lib.llama_get_memory(self._context)
         self.n_embd = int(self._lib.llama_model_n_embd_inp(self._model))
         self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model)))
-        self.can_shift = bool(self._lib.llama_memory_can_shift(self._memory)) and not self._is_recurrent()
+        can_shift = bool(self._lib.llama_memory_can_shift(self._memory))
+        self.can_shift = can_shift and spec.can_shift and not self._is_recurrent()
         self.computing = 0.0
         """Seconds that the last `forward` spent computing."""
         self._runner = self._make_runner()
@@ -81,6 +83,10 @@ class LayerWindow:
         params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE if self.spec.resident else self._lib.LLAMA_LOAD_MODE_MMAP
         params.use_extra_bufts = self.spec.resident
         params.n_gpu_layers = self.spec.gpu_layers
+        if self.spec.gpu_layers and self.spec.gpu is not None:
+            only = one_gpu(self.spec.gpu)  # must outlive the call
+            params.devices, params.main_gpu = ctypes.cast(only, ctypes.c_void_p), 0
+            params.split_mode = self._lib.LLAMA_SPLIT_MODE_NONE
         # must outlive the call: ctypes frees the trampoline with the last reference
         callback = self._lib.llama_progress_callback(_with_huge_pages(progress))
         params.progress_callback = callback

@@ -15,7 +15,9 @@ class WindowSpec(msgspec.Struct, frozen=True):
     embedding: where the first window takes its rows from; input_scale: what hidden states are multiplied by
     on the way in (the inverse of a scale in the graph).
     resident: weights are read into memory and repacked for the CPU; otherwise the file is mapped.
-    gpu_layers: layers on a GPU where llama.cpp has one (-1: all). n_ctx: positions of one sequence.
+    gpu_layers: layers on a GPU where llama.cpp has one (-1: all); gpu: its number in gpus.gpu_devices(), None for those
+    that llama.cpp chooses. n_ctx: positions of one sequence. can_shift:
+    model.architectures.can_shift.
     """
 
     path: str
@@ -28,7 +30,9 @@ class WindowSpec(msgspec.Struct, frozen=True):
     input_scale: float = 1.0
     resident: bool = True
     gpu_layers: int = 0
+    gpu: int | None = None
     n_batch: int = 512
     n_seq: int = 1
     n_threads: int = 2
     flash_attention: bool = False
+    can_shift: bool = True

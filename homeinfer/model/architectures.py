@@ -13,7 +13,7 @@ import math
 from homeinfer.errors import HomeinferError
 from homeinfer.model import cut_quirks
 from homeinfer.model.architectures_refused import NOT_GENERATING, REFUSED
-from homeinfer.model.cut_rules import Rule, Sliding
+from homeinfer.model.cut_rules import Rule, Sliding, sliding_layers
 from homeinfer.model.header import Header
 
 _PLAIN = (
@@ -178,6 +178,14 @@ def is_exact(header: Header, first: int, last: int) -> bool:
     rule = rule_for(header)
     moved = {} if rule.factors is None else rule.factors(header, first, last)
     return input_scale(header, first) == 1.0 and all(factor == 1.0 for factor in moved.values())
+
+
+def can_shift(header: Header, first: int, last: int) -> bool:
+    """Whether positions in the memory of layers [first, last) can be moved: where all of them slide, the cache for the
+    others is empty, and llama.cpp aborts (llama_kv_cache::set_input_k_shift)."""
+    rule = ALLOWED.get(header.architecture)
+    sliding = None if rule is None else sliding_layers(header, rule)
+    return sliding is None or not all(sliding[first:last])
 
 
 def check_generates(header: Header) -> None:

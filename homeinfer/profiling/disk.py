@@ -6,7 +6,6 @@ import contextlib
 import mmap
 import os
 import random
-import shutil
 import statistics
 import sys
 import tempfile
@@ -14,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from homeinfer.cluster.planning.profile import Disk
 from homeinfer.engine.streaming import PIECE, READERS
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import free_bytes
 
 _MOST_BYTES = 512 << 20
 _LEAST_BYTES = 32 << 20
@@ -69,17 +69,10 @@ def measure_disk(
     )
 
 
-def free_bytes(folder: Path) -> int:
-    """Room on the disk that a folder is on, or would be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 class _Reader:
     """Reads pieces, as many at once as there are open files."""
 
-    def __init__(self, files: list[IO[bytes]], pool: ThreadPoolExecutor) -> None:
+    def __init__(self, files: list[FileIO], pool: ThreadPoolExecutor) -> None:
         self._files, self._pool = files, pool
         self._buffers = [mmap.mmap(-1, PIECE) for _ in files]  # whole pages, as direct reads ask for
 
@@ -92,7 +85,7 @@ class _Reader:
         file, count = self._files[number], 0
         for offset in offsets:
             file.seek(offset)
-            count += file.readinto(self._buffers[number])  # type: ignore[attr-defined]
+            count += file.readinto(self._buffers[number]) or 0
         return count
 
 
@@ -141,17 +134,17 @@ def _touch(pages: npt.NDArray[np.uint8], places: list[int], begin: float) -> int
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[list[IO[bytes]]]:
+def _opened(path: Path) -> Iterator[list[FileIO]]:
     """The file, open for each reader, past the page cache where the system can."""
     flags = getattr(os, "O_DIRECT", 0)
     with contextlib.ExitStack() as stack:
 
-        def opened(with_flags: int) -> IO[bytes]:
+        def opened(with_flags: int) -> FileIO:
             opener = partial(_open, flags=with_flags)
             return stack.enter_context(open(path, "rb", buffering=0, opener=opener))
 
         try:
-            opened(flags).readinto(mmap.mmap(-1, PIECE))  # type: ignore[attr-defined]
+            opened(flags).readinto(mmap.mmap(-1, PIECE))
         except OSError:
             flags = 0
         files = [opened(flags) for _ in range(READERS)]
@@ -164,7 +157,7 @@ def _open(path: str, usual_flags: int, flags: int) -> int:
     return os.open(path, usual_flags | flags)
 
 
-def _past_cache(file: IO[bytes]) -> None:
+def _past_cache(file: FileIO) -> None:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if sys.platform == "darwin":

@@ -16,11 +16,12 @@ import psutil
 from homeinfer.cluster.local import threads
 from homeinfer.cluster.planning.profile import DeviceProfile, Disk, Gpu
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import free_bytes
 from homeinfer.model.header import Header, printable
 from homeinfer.model.window_file import default_folder as windows_folder
 from homeinfer.profiling.cache import Cache
 from homeinfer.profiling.cache import default_folder as cache_folder
-from homeinfer.profiling.disk import free_bytes, measure_disk
+from homeinfer.profiling.disk import measure_disk
 from homeinfer.profiling.machine import Machine, this_machine, usable_memory
 from homeinfer.profiling.memory_speed import measure_memory
 from homeinfer.profiling.model_times import ModelTimes, TimingPlan, time_model, times_name, timing_plan

@@ -13,7 +13,7 @@ def silent(_what: str, _share: float, _left: float) -> None:
 
 
 class Steps:
-    """Counts expected seconds. What is found in the cache is `skip`ped."""
+    """Counts the seconds that are expected; what is found in the cache is not."""
 
     def __init__(self, on_progress: OnProgress) -> None:
         self._tell, self._done, self._total = on_progress, 0.0, 0.0

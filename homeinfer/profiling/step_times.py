@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 import psutil
 
@@ -45,19 +46,31 @@ def step_times(request: TimeWindow) -> Timed:
 
 
 def window_spec(request: TimeWindow) -> WindowSpec:
-    """A window in the middle of a model, or the last one: hidden states go in."""
-    last = 1 + request.layers
-    return WindowSpec(
-        path=request.path,
-        first=1,
-        last=last,
-        n_layer=last + (not request.is_last),
+    """How the window is loaded."""
+    return msgspec.structs.replace(
+        middle_spec(request.path, request.layers, request.n_embd, request.n_threads),
+        n_layer=1 + request.layers + (not request.is_last),
         n_ctx=request.position + _N_CTX,
-        embedding_length=request.n_embd,
         resident=request.place != "mapped",
         gpu_layers=-1 if request.place == "gpu" else 0,
+        gpu=request.gpu if request.place == "gpu" else None,
         n_batch=max(request.prefill_tokens, _SHORTEST_PREFILL if request.position else _SEVERAL),
-        n_threads=request.n_threads,
+    )
+
+
+def middle_spec(path: str, layers: int, n_embd: int, n_threads: int) -> WindowSpec:
+    """A window in the middle of a model, mapped, in small batches: hidden states go in and come out."""
+    last = 1 + layers
+    return WindowSpec(
+        path=path,
+        first=1,
+        last=last,
+        n_layer=last + 1,
+        n_ctx=256,
+        embedding_length=n_embd,
+        resident=False,
+        n_batch=_SEVERAL,
+        n_threads=n_threads,
     )
 
 

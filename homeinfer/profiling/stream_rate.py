@@ -8,12 +8,11 @@ import numpy as np
 
 from homeinfer.engine.streaming import SUPPORTED, Streamer
 from homeinfer.engine.window import LayerWindow
-from homeinfer.engine.window_spec import WindowSpec
+from homeinfer.profiling.step_times import middle_spec
 from homeinfer.profiling.timing_messages import TimeStream
 
 _AHEAD = 32 << 20
 """Room for reading while a layer computes."""
-_N_CTX = 256
 
 
 def stream_rate(request: TimeStream) -> float:
@@ -23,7 +22,8 @@ def stream_rate(request: TimeStream) -> float:
     if not SUPPORTED:
         return 0.0
     streamer = Streamer(1 << 62)
-    window = LayerWindow(_spec(request), streamer=streamer)
+    spec = middle_spec(request.path, request.layers, request.n_embd, request.n_threads)
+    window = LayerWindow(spec, streamer=streamer)
     try:
         buffer = streamer.least_bytes + min(_AHEAD, streamer.streamed_bytes // 8)
         if 2 * buffer > streamer.streamed_bytes:
@@ -36,25 +36,10 @@ def stream_rate(request: TimeStream) -> float:
         window.close()
 
 
-def _spec(request: TimeStream) -> WindowSpec:
-    last = 1 + request.layers
-    return WindowSpec(
-        path=request.path,
-        first=1,
-        last=last,
-        n_layer=last + 1,
-        n_ctx=_N_CTX,
-        embedding_length=request.n_embd,
-        resident=False,
-        n_batch=8,
-        n_threads=request.n_threads,
-    )
-
-
 def _rate(window: LayerWindow, streamer: Streamer, seconds: float) -> float:
     row = np.random.default_rng(0).normal(0, 1, window.n_embd).astype(np.float32)
     begin, read = 0.0, 0
-    for position in range(_N_CTX):
+    for position in range(window.spec.n_ctx):
         if position == 2:
             begin, read = time.perf_counter(), streamer.counts().read_bytes
         index = np.array([position, 0], np.int32).tobytes() + b"\1"

@@ -11,9 +11,9 @@ import msgspec
 
 from homeinfer.cluster.planning.profile import Place
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import free_bytes
 from homeinfer.model.header import Header
 from homeinfer.model.window_file import write_window
-from homeinfer.profiling.disk import free_bytes
 from homeinfer.profiling.kind_times import spread, steady, steps_of, window_cost
 from homeinfer.profiling.machine import usable_memory
 from homeinfer.profiling.shadow import ATTENTION_MACS, Shadow, attention_shadow, thin_shadow

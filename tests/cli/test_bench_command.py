@@ -107,7 +107,7 @@ def test_the_result_is_one_object_that_people_can_read_too(capsys: pytest.Captur
 
 def test_a_cluster_that_is_busy_or_not_ready_is_not_measured(coordinator: ScriptedCoordinator) -> None:
     coordinator.status = msgspec.structs.replace(coordinator.status, answers=2)
-    with pytest.raises(HomeinferError, match="is writing 2 answers"):
+    with pytest.raises(HomeinferError, match="is writing answers"):
         measure(5)
     coordinator.status = msgspec.structs.replace(coordinator.status, answers=0, state="loading")
     with pytest.raises(HomeinferError, match="not ready yet"):

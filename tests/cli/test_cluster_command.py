@@ -165,7 +165,10 @@ def test_the_evening_of_a_user(home: Home) -> None:
     assert answer.tokens == alone.tokens
     assert [device.name for device in alone.devices] == ["device-1"]
 
-    assert "takes part in a cluster already" in attic.refusal("cluster", "join")
+    for words in (("cluster", "join"), ("cluster", "up")):
+        assert "takes part in a cluster already" in attic.refusal(*words)
+    for order in ("status", "devices"):
+        assert "this machine takes part in the cluster of desk: ask there" in attic.refusal("cluster", order)
     assert "is the head of a cluster that runs" in desk.refusal("cluster", "join")
     assert attic.said("cluster", "leave").startswith("left, and desk is forgotten here")
     assert join.wait(PATIENCE) == 128 + signal.SIGTERM
@@ -261,6 +264,7 @@ def test_what_can_not_work_is_one_line(home: Home) -> None:
     assert "mistyped or cut off" in desk.refusal("cluster", "join", "ABCD-EFGH")
     assert "there is nothing to leave" in desk.refusal("cluster", "leave")
     assert "no device named attic is paired" in desk.refusal("cluster", "forget", "attic")
+    assert "2 devices need 31 layers for that, the model has 30" in desk.refusal("cluster", "up", "--rounds", "15")
     assert "no device is paired with this machine yet" in desk.said("cluster", "devices")
     assert desk.run("cluster", "up", "--headroom", "lots").returncode == 2
     assert desk.run("cluster", "join", "--host", "1.2.3.4.5x").returncode == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -114,6 +115,23 @@ def test_a_cluster_that_is_loading_is_waited_for(
         "the cluster on this machine is not ready yet, loading; --local goes without it",
         "the cluster on this machine answers: desk, laptop (--local goes without it)",
     ]
+
+
+@pytest.mark.usefixtures("coordinator")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_terminal_that_is_closed_ends_the_command_in_order(name: str) -> None:
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended, opened_cluster(None, PLAIN, quiet=True):
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.usefixtures("coordinator")
+def test_a_prompt_that_is_too_long_is_told_whose_context_it_is() -> None:
+    with opened(None, PLAIN, quiet=True) as ready, pytest.raises(HomeinferError, match="take the cluster down and up"):
+        ready.generator.answer([1] * ready.generator.teller.n_ctx, Sampling(), 1)
 
 
 def test_a_cluster_that_ends_is_not_asked(coordinator: ScriptedCoordinator) -> None:

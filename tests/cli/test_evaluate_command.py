@@ -15,6 +15,7 @@ import pytest
 
 from homeinfer.quant.evaluate import Evaluation
 from homeinfer.quant.logits_file import is_logits_file
+from tests.cli.conftest import Homeinfer
 from tests.support.tiny_models import make_tiny_model
 
 HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "evaluate"]
@@ -107,8 +108,8 @@ def test_logits_are_kept_and_used_again(folder: Path, tmp_path: Path) -> None:
         ("a.gguf", "--reference", "b.gguf", "--text", "c", "--chunks", "0"),
     ],
 )
-def test_wrong_usage_exits_with_2(wrong: tuple[str, ...]) -> None:
-    assert evaluate(*wrong).returncode == 2
+def test_wrong_usage_exits_with_2(wrong: tuple[str, ...], homeinfer: Homeinfer) -> None:
+    assert homeinfer("evaluate", *wrong).returncode == 2
 
 
 def test_refusal_is_one_line_and_exit_code_1(folder: Path, tmp_path: Path) -> None:

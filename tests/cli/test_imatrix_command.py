@@ -16,6 +16,7 @@ from homeinfer.cli.imatrix import imatrix as command
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
 from homeinfer.quant.imatrix import check_matches, read_imatrix
+from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
 from tests.support.processes import wait_until
 from tests.support.tiny_models import make_tiny_model
@@ -118,8 +119,8 @@ def test_a_model_that_takes_no_text_is_one_line_on_stderr(text: Path, tmp_path: 
     assert not (tmp_path / "i.gguf").exists()
 
 
-def test_a_missing_output_is_wrong_usage(mixture: Path) -> None:
-    assert imatrix(mixture).returncode == 2
+def test_a_missing_output_is_wrong_usage(mixture: Path, homeinfer: Homeinfer) -> None:
+    assert homeinfer("imatrix", mixture).returncode == 2
 
 
 def test_ctrl_c_leaves_nothing_behind(smollm2_path: Path, tmp_path: Path, temp_folder: Path) -> None:
@@ -141,7 +142,7 @@ def test_ctrl_c_leaves_nothing_behind(smollm2_path: Path, tmp_path: Path, temp_f
     assert not list(temp_folder.iterdir())
 
 
-def test_the_help_shows_how() -> None:
-    said = imatrix("--help").stdout
+def test_the_help_shows_how(homeinfer: Homeinfer) -> None:
+    said = homeinfer("imatrix", "--help").stdout
     assert "homeinfer imatrix model-F16.gguf --text wiki.txt" in said
     assert "--no-output-tensor" in said

@@ -164,6 +164,19 @@ def test_demands_are_kept(small: Path, plan: Plan) -> None:
     assert reasons["laptop"] == "you ruled it out (--forbid)"
 
 
+def test_a_token_goes_around_as_often_as_is_asked_for(small: Path, plan: Plan) -> None:
+    base = asked(small, "mac", "phone", "desk")
+    code, out, err = plan(*base, "--require", "phone", "--require", "desk", "--rounds", "2", "--json")
+    assert (code, err) == (0, "")
+    report = msgspec.json.decode(out, type=PlanReport)
+    names = [window.device for window in report.windows]
+    assert report.rounds == 2
+    assert {name: names.count(name) for name in names} == {"mac": 3, "phone": 2, "desk": 2}
+    assert "--rounds 16: 3 devices need 49 layers for that, the model has 32: ask for fewer" in one_line(
+        plan(*base, "--require", "phone", "--require", "desk", "--rounds", "16")
+    )
+
+
 def test_the_timeline_is_a_picture_with_a_lane_for_each_device_used(large: Path, plan: Plan, tmp_path: Path) -> None:
     picture = tmp_path / "token.svg"
     code, out, _ = plan(*asked(large, "thin", "mac", "phone"), "--timeline", picture, "--json")

@@ -16,6 +16,7 @@ from homeinfer.profiling.cache import Cache
 from homeinfer.profiling.machine import this_machine
 from homeinfer.profiling.measure import Base
 from homeinfer.quant.budget import read_profiles
+from tests.cli.conftest import Homeinfer
 
 BASE = Base(20e9, 60_000_000, 0.1, 0.3, 9e9, 0.01, False)
 DISK = Disk(1e9, 1e9, 1e8, 0)
@@ -62,28 +63,30 @@ def test_people_get_a_table(measured: Path) -> None:
     [
         (("missing.gguf",), "there is no such file"),
         (("--name", "a\tb"), "is no name for a device"),
-        (("-o", "missing/desk.json"), "its folder does not exist"),
-        (("-o", "."), "this is a folder"),
+        (("-o", "missing/desk.json"), "there is no such folder"),
+        (("-o", "."), "this is a directory"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line_before_anything_is_measured(words: tuple[str, ...], said: str) -> None:
-    done = profile(*words)
+def test_what_cannot_be_is_said_in_one_line_before_anything_is_measured(
+    words: tuple[str, ...], said: str, homeinfer: Homeinfer
+) -> None:
+    done = homeinfer("profile", *words)
     assert done.returncode == 1
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_file_that_is_no_model_and_a_disk_without_a_folder_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, homeinfer: Homeinfer
 ) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF\3\0\0\0")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOMEINFER_WINDOWS", str(tmp_path / "file" / "windows"))
-    for done in (profile(broken), profile()):
+    for done in (homeinfer("profile", broken), homeinfer("profile")):
         assert done.returncode == 1
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_negative_number_of_threads_is_wrong_usage() -> None:
-    assert profile("--threads", "-1").returncode == 2
+def test_a_negative_number_of_threads_is_wrong_usage(homeinfer: Homeinfer) -> None:
+    assert homeinfer("profile", "--threads", "-1").returncode == 2

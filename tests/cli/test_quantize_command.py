@@ -18,6 +18,7 @@ from homeinfer.cli.quantize_options import default_destination
 from homeinfer.model.header import read_header
 from homeinfer.quant.quantize import QuantizeResult
 from homeinfer.quant.recipes import RECIPES
+from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
 from tests.support.tiny_models import make_tiny_model
 
@@ -92,15 +93,15 @@ def test_json_is_one_object_and_notes_go_to_stderr(source: Path, tmp_path: Path)
     assert ran.stderr == "".join(f"{note}\n" for note in result.notes)
 
 
-def test_help_lists_every_recipe_and_examples() -> None:
-    shown = " ".join(quantize("--help").stdout.replace("│", " ").split())
+def test_help_lists_every_recipe_and_examples(homeinfer: Homeinfer) -> None:
+    shown = " ".join(homeinfer("quantize", "--help").stdout.replace("│", " ").split())
     assert ", ".join(RECIPES) in shown
     for example in ("--recipe DQ3_K_M", "small.gguf --bpw 3.5 (or --size 40GB)", "small.gguf --fit desk.json"):
         assert f"homeinfer quantize model-F16.gguf {example}" in shown
 
 
-def test_list_of_recipes_needs_no_model() -> None:
-    shown = quantize("--list-recipes")
+def test_list_of_recipes_needs_no_model(homeinfer: Homeinfer) -> None:
+    shown = homeinfer("quantize", "--list-recipes")
     assert shown.returncode == 0
     listed = [line.split()[:2] for line in shown.stdout.splitlines() if "." in line]
     assert [[info.name, f"{info.bpw:.2f}"] for info in RECIPES.values()] == listed
@@ -119,15 +120,15 @@ def test_list_of_recipes_needs_no_model() -> None:
         (("--recipe", "Q4_K_M", "--imatrix", "a", "--text", "b"), "--imatrix and --text both say what counts"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(wrong: tuple[str, ...], words: str) -> None:
-    ran = quantize("a.gguf", "b.gguf", *wrong)
+def test_wrong_usage_is_one_line_and_exit_code_2(wrong: tuple[str, ...], words: str, homeinfer: Homeinfer) -> None:
+    ran = homeinfer("quantize", "a.gguf", "b.gguf", *wrong)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr.startswith(f"homeinfer: {words}")
     assert ran.stderr.count("\n") == 1
 
 
-def test_numbers_out_of_range_exit_with_2() -> None:
-    assert quantize("a.gguf", "b.gguf", "--recipe", "Q4_K_M", "--threads", "0").returncode == 2
+def test_numbers_out_of_range_exit_with_2(homeinfer: Homeinfer) -> None:
+    assert homeinfer("quantize", "a.gguf", "b.gguf", "--recipe", "Q4_K_M", "--threads", "0").returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_dry_run_as_json_lists_every_tensor(source: Path) -> None:
     assert set(found["tensors"][0]) == {"name", "type", "bytes"}
 
 
-def test_budget_out_of_reach_is_one_line(source: Path, tmp_path: Path) -> None:
+def test_budget_out_of_reach_is_one_line(source: Path, tmp_path: Path, homeinfer: Homeinfer) -> None:
     profile = tmp_path / "desk.json"
     profile.write_text('{"devices": [{"name": "desk", "memory_bytes": 16000000000}]}')
     for arguments, words in (
@@ -180,7 +181,7 @@ def test_budget_out_of_reach_is_one_line(source: Path, tmp_path: Path) -> None:
         (("--fit", profile), "the memory of desk: 16,000,000,000 bytes, of which"),
         (("--fit", tmp_path / "none.json"), "the profile can't be read"),
     ):
-        ran = quantize(source, tmp_path / "small.gguf", *arguments)
+        ran = homeinfer("quantize", source, tmp_path / "small.gguf", *arguments)
         assert (ran.returncode, ran.stdout) == (1, "")
         assert words in ran.stderr
         assert ran.stderr.count("\n") == 1
@@ -213,13 +214,13 @@ def test_imatrix_is_read_or_gathered(tmp_path: Path) -> None:
     assert msgspec.json.decode(planned.stdout)["size_bytes"] == (tmp_path / "a.gguf").stat().st_size
 
 
-def test_refusal_is_one_line_and_exit_code_1(source: Path, tmp_path: Path) -> None:
+def test_refusal_is_one_line_and_exit_code_1(source: Path, tmp_path: Path, homeinfer: Homeinfer) -> None:
     for arguments, words in (
         ((tmp_path / "missing.gguf", tmp_path / "small.gguf", "--recipe", "Q4_K_M"), "no such file"),
         ((source, source, "--recipe", "Q4_K_M"), "the source itself"),
         ((source, tmp_path / "small.gguf", "--recipe", "Q4KM"), "did you mean Q4_K_M"),
     ):
-        ran = quantize(*arguments)
+        ran = homeinfer("quantize", *arguments)
         assert (ran.returncode, ran.stdout) == (1, "")
         assert ran.stderr.startswith("homeinfer: ")
         assert ran.stderr.count("\n") == 1

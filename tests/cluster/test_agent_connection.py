@@ -13,6 +13,7 @@ from homeinfer.cluster import agent_connection
 from homeinfer.cluster.agent_options import AgentEvent, Connected, Ended, Seeking
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.keys import own_keys
+from homeinfer.cluster.wire.secure import Secure
 from homeinfer.folders import private_folder
 from tests.support.scripted_head import HERE, a_head, agent_options, an_agent
 
@@ -71,6 +72,29 @@ def test_a_port_where_nothing_listens_and_a_host_that_nobody_knows_are_named(tmp
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
+@pytest.mark.parametrize("reached", ["nothing", "port", "head"])
+def test_a_head_that_listens_already_but_says_nothing_may_be_starting(reached: agent_connection.Reached) -> None:
+    async def test() -> None:
+        async with await asyncio.start_server(lambda _r, _w: None, HERE, 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            reason = await agent_connection.why_silent(HERE, port, reached)
+            assert "may be starting" in reason
+            assert "another head" not in reason
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_what_listens_and_is_silent_is_not_called_another_head(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            options = agent_options(head, tmp_path / "desk")
+        silent = await asyncio.start_server(lambda _r, _w: None, HERE, options.port)
+        async with silent, an_agent(options) as (_, events):
+            assert "the head may be starting, or busy" in await complaint(events)
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
 def test_the_second_address_serves_when_the_first_does_not(tmp_path: Path) -> None:
     async def test() -> None:
         async with a_head(tmp_path / "head") as head:
@@ -83,6 +107,36 @@ def test_the_second_address_serves_when_the_first_does_not(tmp_path: Path) -> No
                 assert Connected("desk", HERE) in events
 
     asyncio.run(asyncio.wait_for(test(), 30))
+
+
+def test_what_the_network_says_of_a_head_comes_beside_what_is_known_and_not_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_connection, "LOST_SECONDS", 0.3)
+    found = asyncio.Event()
+
+    async def find() -> tuple[tuple[str, ...], int]:
+        found.set()
+        return (HERE,), 1
+
+    async def test() -> None:
+        async with a_head(tmp_path / "head") as head:
+            place = agent_connection.HeadAddress((HERE,), head.port, head.keys.public)
+        secure = Secure(own_keys(private_folder(tmp_path / "desk")))
+
+        def hello(host: str) -> control.Hello:
+            return control.Hello(control.PROTOCOL, __version__, "desk", host)
+
+        connection = agent_connection.Connection(secure, place, hello, lambda *_: None, find)
+        running = asyncio.create_task(connection.run(lambda _: None))
+        await found.wait()
+        async with a_head(tmp_path / "head", place.port) as head:
+            await head.expect(control.Hello)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        secure.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_an_agent_without_a_head_can_be_stopped_at_any_moment(tmp_path: Path) -> None:

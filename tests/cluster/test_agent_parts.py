@@ -62,7 +62,9 @@ def test_stats_are_plausible_and_begin_anew_with_an_engine(tmp_path: Path) -> No
     assert 0 <= stats.stalled <= 1
     meter.follow(os.getpid())
     assert meter.engine_bytes > 10e6
-    assert meter.read().cpu_seconds < 5
+    stats = meter.read()
+    assert stats.cpu_seconds < 5
+    assert 1e6 < stats.engine_bytes < stats.memory_bytes
     meter.follow(None)
     assert meter.engine_bytes == 0
 
@@ -139,3 +141,19 @@ def test_tasks_of_a_kind_follow_each_other_and_equal_ones_are_one() -> None:
     asyncio.run(test())
     assert done == ["first", "second", "third"]
     assert failed == [("fetch", "no room"), ("measure", "measure failed unexpectedly: ValueError: a bug")]
+
+
+def test_tasks_that_are_over_are_forgotten_however_many_there_were() -> None:
+    async def test() -> int:
+        tasks = Tasks(lambda _kind, _reason: None)
+        for number in range(100):
+            tasks.start(f"probe {number}", number, lambda: asyncio.sleep(0))
+        tasks.start("load", 1, lambda: asyncio.sleep(10))
+        tasks.start("load", 2, lambda: asyncio.sleep(10))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        n = len(tasks._running)
+        await tasks.stop()
+        return n
+
+    assert asyncio.run(test()) == 1

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_an_agent_that_ends_leaves_nothing_behind(tmp_path: Path, how: str) -> N
             assert not [path for path in folder.rglob("*") if path.suffix in (".part", ".partial") or path.is_socket()]
 
     asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_an_agent_that_is_given_nothing_to_do_says_so_in_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "homeinfer.cluster.agent"], input=b"", capture_output=True, timeout=30, check=False
+    )
+    ended = msgspec.json.decode(done.stdout, type=Ended)
+    assert ended.is_problem
+    assert "can't read" in ended.reason
+    assert not done.stderr
 
 
 def test_a_second_agent_of_the_same_device_is_told_so(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
-from homeinfer.cluster.agent_jobs import MeasureDevice, ModelHere, Opened, OpenEnd, Share
+from homeinfer.cluster.agent_jobs import FindHead, MeasureDevice, ModelHere, Opened, OpenEnd, Share
 from homeinfer.cluster.agent_work import work
 from homeinfer.cluster.agent_worker import check_held, check_runs, without_holes
 from homeinfer.cluster.planning.kinds import layer_kinds, output_kind
@@ -20,9 +21,9 @@ from homeinfer.cluster.wire.control import WindowRun
 from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.transport import new_keys
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import free_bytes
 from homeinfer.model.header import Header, read_header
 from homeinfer.profiling.cache import Cache
-from homeinfer.profiling.disk import free_bytes
 from homeinfer.profiling.machine import this_machine
 from homeinfer.profiling.measure import Base
 from homeinfer.profiling.model_times import ModelTimes, timing_plan
@@ -93,6 +94,21 @@ def test_a_job_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(HomeinferError, match=r"gone\.gguf.*no such file") as raised:
         asyncio.run(work(MeasureDevice(here, "desk", 1, fresh=False)))
     assert "\n" not in str(raised.value)
+
+
+def test_a_process_that_says_what_nobody_understands_is_ended(tmp_path: Path) -> None:
+    """As a library would that prints: here every Python of this environment does."""
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to the library')\n")
+    before = set(psutil.Process().children())
+    with pytest.raises(HomeinferError, match="said what can't be read"):
+        asyncio.run(work(FindHead("k" * 40), environment={**os.environ, "PYTHONPATH": str(tmp_path)}))
+    assert set(psutil.Process().children()) == before
+
+
+def test_a_process_that_dies_is_named_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.write(2, b'out of luck\\n')\nos._exit(3)\n")
+    with pytest.raises(HomeinferError, match="ended with status 3: out of luck"):
+        asyncio.run(work(FindHead("k" * 40), environment={**os.environ, "PYTHONPATH": str(tmp_path)}))
 
 
 def test_windows_are_not_cut_from_what_is_not_there(tmp_path: Path) -> None:

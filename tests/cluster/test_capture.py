@@ -8,7 +8,8 @@ import struct
 from pathlib import Path
 
 import pytest
-from capture_check import file_needles, frames, search_all, tcp_segment, text_needles
+import zmq
+from capture_check import UNENCRYPTED, file_needles, frames, search_all, tcp_segment, text_needles
 
 SECRET = b"the prompt that nobody may read"
 NEEDLES = {"prompt": SECRET}
@@ -97,3 +98,21 @@ def test_a_file_of_captured_frames_is_read_as_it_was_written(tmp_path: Path) -> 
     record = struct.pack("<IIII", 0, 0, 3, 3)
     (tmp_path / "all.pcap").write_bytes(bytes(24) + record + b"abc" + record + b"def" + record[:7])
     assert list(frames(tmp_path / "all.pcap")) == [b"abc", b"def"]
+
+
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_a_connection_without_encryption_is_found_by_its_greeting(is_encrypted: bool) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer, socket.create_server(("127.0.0.1", 0)) as home:
+        dealer.linger = 0
+        if is_encrypted:
+            dealer.curve_publickey, dealer.curve_secretkey = zmq.curve_keypair()
+            dealer.curve_serverkey = zmq.curve_keypair()[0]
+        dealer.connect(f"tcp://127.0.0.1:{home.getsockname()[1]}")
+        connection, _ = home.accept()
+        with connection:
+            connection.settimeout(10)
+            connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03")
+            greeting = b""
+            while len(greeting) < 64:
+                greeting += connection.recv(64)
+    assert bool(search_all(cut(greeting, 7), UNENCRYPTED)) is not is_encrypted

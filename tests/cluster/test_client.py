@@ -210,6 +210,19 @@ def test_an_answer_that_is_interrupted_is_cancelled_at_the_cluster(temp_folder: 
         time.sleep(0.01)
 
 
+def test_a_question_to_a_head_that_has_gone_meanwhile_is_said_to_wait(
+    temp_folder: Path, heads: Heads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("homeinfer.cluster.client.DOWN_SECONDS", 0.5)
+    head = heads(whole)
+    said: list[str] = []
+    with closing(ClusterTeller(temp_folder, head.status, said.append)) as teller:
+        head.stop()
+        with pytest.raises(HomeinferError, match="the cluster was taken down"):
+            teller.tell(PROMPT, REQUEST, lambda _token: None, lambda: False)
+    assert said == ["the cluster's head does not answer: waiting for it to come back"]
+
+
 def test_an_answer_goes_on_after_the_coordinator_was_started_again(temp_folder: Path, heads: Heads) -> None:
     def begins(message: FromClient) -> Sequence[msgspec.Struct]:
         if isinstance(message, AskAnswer):

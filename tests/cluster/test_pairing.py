@@ -85,6 +85,8 @@ async def refused(port: int) -> None:
             system_socket.create_connection(("127.0.0.1", port)).close()
         except ConnectionRefusedError:
             return
+        except ConnectionResetError:  # it is being closed
+            pass
         await asyncio.sleep(0.02)
 
 
@@ -103,7 +105,7 @@ class Stranger:
         await self.dealer.send(frame)
         if not await self.dealer.poll(patience_ms):
             return None
-        return msgspec.msgpack.decode(await self.dealer.recv(), type=Registered | NotRegistered)
+        return msgspec.msgpack.decode((await self.dealer.recv_multipart())[0], type=Registered | NotRegistered)
 
     def close(self) -> None:
         self.secure.close()
@@ -315,6 +317,33 @@ def test_the_codes_second_address_serves_where_the_first_does_not(tmp_path: Path
         assert (await pair(code, fresh_keys(), "laptop")).hosts == ("127.0.0.1", "127.0.0.99")
 
     with_head(tmp_path, test, hosts=("127.0.0.99", "127.0.0.1"))
+
+
+def test_addresses_that_all_refuse_are_not_waited_for() -> None:
+    async def test() -> None:
+        with system_socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            code = PairingCode(("127.0.0.1", "127.0.0.99"), closed.getsockname()[1], new_keys()[0], bytes(8))
+            with pytest.raises(HomeinferError, match="is there but takes no new devices on port"):
+                await pair(code, fresh_keys(), "laptop", timeout=300)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_an_address_that_refuses_does_not_end_the_search_at_another_one(tmp_path: Path) -> None:
+    async def test(head: Head) -> None:
+        code = await head.desk.open()
+        head.desk.close()
+        await refused(code.port)
+        pairing = asyncio.create_task(
+            pair(msgspec.structs.replace(code, hosts=("127.0.0.1", "head.invalid")), fresh_keys(), "laptop")
+        )
+        await asyncio.sleep(2.5)
+        assert not pairing.done()
+        pairing.cancel()
+        await asyncio.gather(pairing, return_exceptions=True)
+
+    with_head(tmp_path, test)
 
 
 def test_what_is_not_the_head_of_the_code_is_told_so() -> None:

@@ -15,6 +15,7 @@ from homeinfer.cluster.ring_start import DeviceStart, RingStart, routes, start_r
 from homeinfer.cluster.wire.transport import Peer
 from homeinfer.engine.generate import Request
 from homeinfer.engine.sampling import Sampling
+from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_file import default_folder
 
@@ -77,7 +78,7 @@ def test_streaming_some_layers_changes_no_token(header: Header) -> None:
 
 
 def test_a_stream_buffer_smaller_than_a_layer_is_one_line(header: Header) -> None:
-    with pytest.raises(Exception, match=r"^(desk|box) \(layers .*\): a buffer of 0.0 MB for streamed layers"):
+    with pytest.raises(HomeinferError, match=r"^(desk|box) \(layers .*\): a buffer of 0.0 MB for streamed layers"):
         answer(header, ROUNDS, 1000)
 
 

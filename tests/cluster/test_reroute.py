@@ -79,12 +79,12 @@ def test_an_ordinary_answer_goes_on_with_exactly_the_tokens_that_would_have_come
 
 def test_an_answer_longer_than_the_context_goes_on(header: Header) -> None:
     async def run() -> None:
-        async with async_ring(header, TWO, OPTIONS) as ring:
-            request = greedy(300, keep=4)
+        async with async_ring(header, TWO, msgspec.structs.replace(OPTIONS, n_ctx=64)) as ring:
+            request = greedy(100, keep=4)
             whole, finish = await ring.answer(PROMPT, request)
             assert finish.shifted > 0
-            rest, again = await ring.answer([*PROMPT, *whole[:250]], msgspec.structs.replace(request, resumed=250))
-            assert len(rest) == 50
+            rest, again = await ring.answer([*PROMPT, *whole[:80]], msgspec.structs.replace(request, resumed=80))
+            assert len(rest) == 20
             assert again.shifted == finish.shifted
 
     asyncio.run(run())

@@ -19,8 +19,10 @@ from homeinfer.model.window_plan import n_layers
 from tests.support.reference import GREEDY, Agreement, Reference, agreement, references, ring_answers
 
 LONGEST = 600
-LIMIT = 64
-RINGS = (1, 2, 3, 5)
+LIMIT = 32
+LIMITS = {1: LIMIT, 2: 12, 3: 12, 5: LIMIT}
+"""Tokens of each answer, by number of devices: what is between one device and five differs in its hops alone.
+scripts/check_tokens.py compares as many as one likes."""
 MODELS = ("smollm2", "gemma")
 PROMPTS = (
     "Once upon a time, in a village at the foot of the mountains, there was a",
@@ -52,9 +54,11 @@ class Answers:
     def agreement(self, model: str, devices: int) -> Agreement:
         if (model, devices) not in self._agreements:
             expected = self.expected(model)
-            options = RingOptions(devices=devices, n_ctx=2048, n_threads=2)
-            outcomes = ring_answers(self._paths[model], options, [e.prompt for e in expected], GREEDY, LIMIT)
-            self._agreements[model, devices] = agreement(expected, [o.tokens for o in outcomes])
+            options = RingOptions(devices=devices, n_ctx=2048, n_threads=2 if devices == 2 else 1)
+            limit = LIMITS[devices]
+            outcomes = ring_answers(self._paths[model], options, [e.prompt for e in expected], GREEDY, limit)
+            begun = [Reference(e.prompt, e.tokens[:limit], e.margins[:limit]) for e in expected]
+            self._agreements[model, devices] = agreement(begun, [o.tokens for o in outcomes])
         return self._agreements[model, devices]
 
 
@@ -81,24 +85,25 @@ def test_prompts_become_the_same_tokens(model: str, answers: Answers, request: p
     assert max(len(e.prompt) for e in answers.expected(model)) == LONGEST
 
 
-@pytest.mark.parametrize("devices", RINGS)
+@pytest.mark.parametrize("devices", LIMITS)
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_tokens_are_those_of_llama_cpp(model: str, devices: int, answers: Answers) -> None:
     found = answers.agreement(model, devices)
     print(f"{model}, {devices} devices: {found.tokens} tokens, {found.ties} near ties")
-    assert found.tokens > len(PROMPTS) * LIMIT // 2
+    assert found.tokens > len(PROMPTS) * LIMITS[devices] // 2
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_near_ties_are_rarer_than_one_in_a_thousand_tokens(model: str, answers: Answers) -> None:
-    found = [answers.agreement(model, devices) for devices in RINGS]
-    assert 1000 * sum(f.ties for f in found) <= sum(f.tokens for f in found)
+def test_near_ties_are_rarer_than_one_in_a_thousand_tokens(answers: Answers) -> None:
+    found = [answers.agreement(model, devices) for model in MODELS for devices in LIMITS]
+    tokens = sum(f.tokens for f in found)
+    assert tokens > 1000
+    assert 1000 * sum(f.ties for f in found) <= tokens
 
 
 def test_the_same_seed_gives_the_same_text_on_any_ring(smollm2_path: Path, talk: list[int]) -> None:
     def text(devices: int, seed: int) -> str:
         options = RingOptions(devices=devices, n_ctx=256, n_threads=1)
-        return ring_answers(smollm2_path, options, [talk], Sampling(temperature=0.8, seed=seed), 48)[0].text
+        return ring_answers(smollm2_path, options, [talk], Sampling(temperature=0.8, seed=seed), 32)[0].text
 
     assert text(1, 7) == text(3, 7) != text(3, 8)
 
@@ -120,12 +125,12 @@ def test_streamed_windows_answer_as_a_streamed_model_does(smollm2_path: Path, ta
 
 def test_a_full_context_shifts_alike_on_any_ring(smollm2_path: Path, talk: list[int]) -> None:
     def outcome(devices: int) -> tuple[list[int], int]:
-        options = RingOptions(devices=devices, n_ctx=128, n_threads=1)
-        (got,) = ring_answers(smollm2_path, options, [talk], Sampling(temperature=0.8, seed=3), 200)
+        options = RingOptions(devices=devices, n_ctx=64, n_threads=1)
+        (got,) = ring_answers(smollm2_path, options, [talk], Sampling(temperature=0.8, seed=3), 100)
         return got.tokens, got.shifted
 
     tokens, shifted = outcome(3)
-    assert len(tokens) == 200
+    assert len(tokens) == 100
     assert shifted > 0
     assert (tokens, shifted) == outcome(1)
 

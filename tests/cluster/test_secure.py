@@ -77,7 +77,7 @@ class Home:
         frames = frames_of(await self.socket.recv_multipart(copy=False))
         assert sender_key(frames[1]) == self.friend.keys.public
         await self.socket.send_multipart([frames[0].bytes, b"yes"])
-        answered = bool(await used.poll(ENOUGH_MS)) and await used.recv() == b"yes"
+        answered = bool(await used.poll(ENOUGH_MS)) and await used.recv_multipart() == [b"yes"]
         if dealer is None:
             used.close()
         return answered and frames[1].bytes == b"still there?"
@@ -101,7 +101,7 @@ def test_a_known_key_gets_through_and_is_named() -> None:
         assert [sender_key(frame) for frame in frames] == [home.friend.keys.public] * 2
         assert sender_host(frames[1]) == "127.0.0.1"
         await home.socket.send_multipart([frames[0].bytes, b"welcome"])
-        assert await dealer.recv() == b"welcome"
+        assert await dealer.recv_multipart() == [b"welcome"]
 
     at_home(test)
 

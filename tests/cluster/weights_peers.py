@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+import hashlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 
+from homeinfer.cluster.weights.manifest import make_manifest, needed_tensors
 from homeinfer.cluster.weights.messages import PIECE_BYTES
 from homeinfer.cluster.weights.rate import RateLimit
 from homeinfer.cluster.weights.serve import WeightsServer
@@ -15,6 +17,10 @@ from homeinfer.cluster.wire.control import Manifest, Source
 from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.secure import Secure
 from homeinfer.cluster.wire.transport import new_keys
+from homeinfer.model.header import Header, read_header
+
+SLOW = 15_000_000
+"""Bytes per second, so that a fetch of some layers takes long enough for something to happen in it."""
 
 
 class LyingStore(Store):
@@ -97,3 +103,43 @@ def fill(store: Store, model: Path, tensors: Iterable[int]) -> None:
         for offset in range(0, tensor.nbytes, PIECE_BYTES):
             store.write(number, offset, whole[offset : offset + PIECE_BYTES])
         assert store.finish(number)
+
+
+class Model:
+    """The small model, and the layers that most tests fetch: 18 MB."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self.header: Header = read_header(path)
+        self.manifest: Manifest = make_manifest(self.header, folder=folder)
+        self.tensors = needed_tensors(self.header, self.manifest, 3, 8)
+        self.nbytes = sum(self.manifest.tensors[n].nbytes for n in self.tensors)
+
+
+def empty(model: Model, folder: Path) -> Store:
+    store = Store(folder)
+    store.know(model.manifest)
+    return store
+
+
+def full(model: Model, folder: Path, kind: Callable[[Path, Sequence[Path]], Store] = Store) -> Store:
+    return holding(kind(folder, [model.path]), model.manifest)
+
+
+def assert_right(model: Model, store: Store, tensors: Sequence[int]) -> None:
+    """Byte for byte, as the file on disk says."""
+    assert set(tensors) <= set(store.holds())
+    ours = Path(store.header().files[0].path).read_bytes()
+    for n in tensors:
+        tensor = model.manifest.tensors[n]
+        assert hashlib.sha256(ours[tensor.offset : tensor.offset + tensor.nbytes]).hexdigest() == tensor.digest
+
+
+def run(test: Coroutine[None, None, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not is_so():
+            await asyncio.sleep(0.01)

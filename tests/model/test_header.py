@@ -141,9 +141,9 @@ def test_versions_2_and_3_are_read_and_own_alignment_is_kept() -> None:
 def test_deepseek_header_without_data_is_read_in_no_time(tmp_path: Path) -> None:
     path = tmp_path / "deepseek.gguf"
     path.write_bytes(deepseek_header().rstrip(b"\0") + bytes(8))
-    started = time.perf_counter()
+    started = time.process_time()
     header = read_header(path, allow_truncated=True)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert (header.architecture, header.n_layer, len(header.tensors)) == ("deepseek2", 61, 1025)
     assert header.n_weights == 671_026_419_200
     assert header.truncated
@@ -152,8 +152,8 @@ def test_deepseek_header_without_data_is_read_in_no_time(tmp_path: Path) -> None
 
 
 def test_vocabulary_of_262144_tokens_is_read_in_well_under_a_second() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     header = read_header(GEMMA_FIRST_CHUNK, allow_truncated=True)
-    assert time.perf_counter() - started < 0.8
+    assert time.process_time() - started < 0.8
     assert len(header.get("tokenizer.ggml.tokens")) == 262_144
     assert (header.architecture, header.n_layer) == ("gemma3", 18)

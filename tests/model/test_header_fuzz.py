@@ -91,9 +91,9 @@ def test_every_mutant_is_read_or_refused_in_one_line(bases: list[bytes]) -> None
     slowest = 0.0
     for number in range(MUTANTS):
         data = mutated(bases[number % len(bases)], rng)
-        started = time.perf_counter()
+        started = time.process_time()
         found = outcome(data)
-        slowest = max(slowest, time.perf_counter() - started)
+        slowest = max(slowest, time.process_time() - started)
         if isinstance(found, Header):
             read += 1
         else:

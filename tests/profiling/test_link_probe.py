@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from homeinfer.errors import HomeinferError
+from homeinfer.profiling.hops import SWEEP_BYTES, sweep_bytes
 from homeinfer.profiling.link_probe import fitted, measure_link
 
 LOOPBACK = ((), "tcp://127.0.0.1:*")
@@ -34,3 +35,8 @@ def test_noise_makes_no_negative_latency_nor_endless_rate() -> None:
 def test_an_end_that_cannot_start_is_one_line() -> None:
     with pytest.raises(HomeinferError, match="the process that times a link has ended"):
         measure_link("there", LOOPBACK, (("false",), "tcp://127.0.0.1:*"), (8192, 1 << 20), 0.0)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(64 << 30, SWEEP_BYTES), (200_000_000, 25_000_000), (0, 0), (-5, 0)])
+def test_sweeping_the_caches_takes_no_more_memory_than_can_be_spared(room: int, expected: int) -> None:
+    assert sweep_bytes(room) == expected

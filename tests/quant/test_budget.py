@@ -50,6 +50,13 @@ def deepseek() -> Header:
     return msgspec.structs.replace(found, metadata=found.metadata | keys)
 
 
+@functools.cache
+def layer_bytes() -> tuple[int, ...]:
+    """Of each of deepseek's layers."""
+    tensors = deepseek().tensors
+    return tuple(sum(t.nbytes for t in tensors if t.name.startswith(f"blk.{n}.")) for n in range(61))
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
@@ -149,7 +156,7 @@ def test_layers_of_the_size_that_a_limit_allows_can_be_handed_out(memory: list[i
     except HomeinferError:
         return
     share = limit / deepseek().nbytes
-    layers = [share * sum(t.nbytes for t in deepseek().tensors if t.name.startswith(f"blk.{n}.")) for n in range(61)]
+    layers = [share * nbytes for nbytes in layer_bytes()]
     ends = limit - sum(layers)
     cache = kv_cache_bytes(deepseek(), 4096) / 61
     overhead = 120_000_000 + compute_bytes(deepseek(), 4096)

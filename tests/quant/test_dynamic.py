@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import llama_cpp
@@ -12,8 +14,9 @@ import pytest
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import TYPE_SIZES, read_header
+from homeinfer.quant import dynamic
 from homeinfer.quant.budget import budget_of_bpw
-from homeinfer.quant.calibrate import calibrate
+from homeinfer.quant.calibrate import calibrate, study_chunks
 from homeinfer.quant.dynamic import DynamicResult, quantize_to_budget
 from homeinfer.quant.evaluate import evaluate
 from homeinfer.quant.imatrix import write_imatrix
@@ -25,6 +28,15 @@ from homeinfer.quant.tensor_rules import parse_tensor_rule
 from homeinfer.quant.texts import held_out_text
 from tests.quant.talking_model import write_talking_model, write_text
 from tests.support.tiny_models import make_tiny_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens() -> Iterator[None]:
+    """The same work on fewer tokens of the model's own; tests/cli/test_quantize_budget_command.py does all of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic, "study_chunks", functools.partial(study_chunks, n_sequences=8, length=64))
+        patch.setattr(dynamic, "EVALUATION_CHUNKS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ class Agreement(msgspec.Struct, frozen=True):
 
 def references(model: Path, prompts: Sequence[str], limit: int, *, longest: int, n_ctx: int = 2048) -> list[Reference]:
     """Greedy answers of `limit` tokens, as `Llama.generate(temp=0)` gives them; prompts are cut at `longest` tokens."""
-    llama = llama_cpp.Llama(str(model), n_ctx=n_ctx, n_threads=2, verbose=False)
+    llama = llama_cpp.Llama(str(model), n_ctx=n_ctx, n_threads=1, n_threads_batch=2, verbose=False)
     with closing(llama):
         return [_reference(llama, llama.tokenize(text.encode())[:longest], limit) for text in prompts]
 
@@ -54,9 +54,9 @@ def _reference(llama: llama_cpp.Llama, prompt: list[int], limit: int) -> Referen
     while len(tokens) < limit:
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llama.ctx, -1), (llama.n_vocab(),))
         token = int(logits.argmax())
-        second, best = np.partition(logits, -2)[-2:]
+        others = max(logits[:token].max(initial=-np.inf), logits[token + 1 :].max(initial=-np.inf))
         tokens.append(token)
-        margins.append(float(best - second))
+        margins.append(float(logits[token] - others))
         llama.eval([token])
     return Reference(prompt, tokens, margins)
 

@@ -22,6 +22,10 @@ from homeinfer.cluster.coordinator.state import (
 )
 from homeinfer.cluster.wire.transport import Peer
 from homeinfer.errors import HomeinferError
+from homeinfer.model.records import printable
+
+MOST_NOTE = 500
+"""Characters of a line for the user: what devices say of their engines may be long, and clients read 2,000 at most."""
 
 
 class Owner(Protocol):
@@ -37,9 +41,12 @@ class Owner(Protocol):
 class Performer:
     def __init__(self, head: Head, owner: Owner) -> None:
         self._head, self._owner = head, owner
+        self._is_over = False
 
     def perform(self, command: Command) -> None:
         """At once and without waiting; what takes time goes on by itself."""
+        if self._is_over:
+            return
         head, owner = self._head, self._owner
         match command:
             case Tell(device, message):
@@ -58,9 +65,10 @@ class Performer:
             case Serve(epoch):
                 self._serve(epoch)
             case Note(text, is_notice):
-                owner.note(text)
+                said = printable(text, MOST_NOTE)
+                owner.note(said)
                 if is_notice:
-                    head.answers.notice(text)
+                    head.answers.notice(said)
             case End(reason, is_problem):
                 owner.end(reason, is_problem=is_problem)
 
@@ -74,7 +82,8 @@ class Performer:
         try:
             self._head.files.keep_epoch(epoch)
         except HomeinferError as problem:
-            self._owner.end(str(problem))
+            self._is_over = True  # nobody may hear of a number that could come again
+            self._owner.end(str(problem), is_problem=True)
 
     def _serve(self, epoch: int) -> None:
         cluster = self._owner.cluster

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import re
 from collections.abc import Callable
 
@@ -15,8 +17,12 @@ from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.control import MOST_FROM_AGENT, PROTOCOL, FromAgent, FromHead, Hello, Refuse
 from homeinfer.cluster.wire.secure import Secure, bound_port, frames_of, sender_host, sender_key
 from homeinfer.errors import HomeinferError
+from homeinfer.model.records import printable
 
-_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,255}")
+_MOST_TEXT = 2000
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}$){_LABEL}([.]{_LABEL})*")
+_IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9_.-]{1,32})?")
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -48,6 +54,7 @@ class ControlDesk:
         self._own, self._members, self._head = secure.keys.public, members, head
         self._on_said, self._on_note = on_said, on_note
         self._connections: dict[str, tuple[int, bytes]] = {}
+        self._names: dict[str, str] = {}
         self._number = 0
         self._socket = secure.router(f"tcp://*:{port or '*'}", "control", self._is_allowed, MOST_FROM_AGENT)
         self._socket.router_mandatory = True
@@ -58,14 +65,17 @@ class ControlDesk:
 
     def name_of(self, key: str) -> str | None:
         """What a device is called in this cluster, None for strangers: a member with the head's own name gets a
-        number."""
+        number. It is called so for as long as the cluster is up, whoever comes or goes."""
         if key == self._own:
             return self._head
-        member = self._members.get(key)
-        if member is None:
-            return None
-        others = [other.name for other in self._members.all() if other.key != key]
-        return free_name(member.name, [self._head, *others]) if member.name == self._head else member.name
+        members = self._members.all()
+        registered = {member.key for member in members}
+        self._names = {known: name for known, name in self._names.items() if known in registered}
+        for member in members:
+            if member.key not in self._names:
+                taken = [self._head, *self._names.values()]
+                self._names[member.key] = free_name(member.name, taken) if member.name in taken else member.name
+        return self._names.get(key)
 
     def member(self, name: str) -> Member | None:
         """The registered device that is called so in this cluster."""
@@ -84,7 +94,7 @@ class ControlDesk:
                 continue  # no message of this protocol
             name = self.name_of(key)
             if name is not None:  # else it was forgotten meanwhile
-                self._take(frames[0].bytes, name, key, host, message)
+                self._take(frames[0].bytes, name, key, host, fit_to_print(message))
 
     def _take(self, identity: bytes, name: str, key: str, host: str, message: FromAgent) -> None:
         if isinstance(message, Hello):
@@ -93,7 +103,7 @@ class ControlDesk:
                 return
             self._number += 1
             self._connections[name] = (self._number, identity)
-            if not _HOST.fullmatch(message.host):
+            if not is_host(message.host):
                 message = msgspec.structs.replace(message, host=host)
             if not 0 <= message.weights_port < 1 << 16:
                 message = msgspec.structs.replace(message, weights_port=0)
@@ -125,3 +135,19 @@ class ControlDesk:
             return True
         problem = sent.exception()
         return not isinstance(problem, zmq.ZMQError) or problem.errno != zmq.EHOSTUNREACH
+
+
+def is_host(text: str) -> bool:
+    """Whether it is a name or an address: what is none would end the engines that are told to send there."""
+    if ":" not in text:
+        return _HOST.fullmatch(text) is not None
+    with contextlib.suppress(ValueError):
+        return _IPV6.fullmatch(text) is not None and bool(ipaddress.IPv6Address(text))
+    return False
+
+
+def fit_to_print(message: FromAgent) -> FromAgent:
+    """The message with nothing in its texts, which users are shown, that a terminal would obey."""
+    texts = {name: getattr(message, name) for name in message.__struct_fields__}
+    odd = {name: text for name, text in texts.items() if isinstance(text, str) and not text.isprintable()}
+    return msgspec.structs.replace(message, **{name: printable(text, _MOST_TEXT) for name, text in odd.items()})

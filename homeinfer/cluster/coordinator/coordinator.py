@@ -24,6 +24,7 @@ from homeinfer.cluster.coordinator.settle import settle
 from homeinfer.cluster.coordinator.show import cluster_status, shown_plan
 from homeinfer.cluster.coordinator.speed import Meters, Speed
 from homeinfer.cluster.coordinator.state import Cluster, MakePlan, Model, Outcome, RingPlan
+from homeinfer.cluster.discovery import own_hosts
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.weights.manifest import make_manifest
 from homeinfer.cluster.wire.client import (
@@ -186,7 +187,9 @@ class Coordinator:
             outcome = events.connected(
                 cluster, said.key, said.device, message, message.host or said.host, said.connection, now
             )
-            self.apply(Outcome(self._with_kept_profiles(outcome.cluster), outcome.commands))
+            hosts = () if self._options.host else own_hosts()
+            told = events.head_at(self._with_kept_profiles(outcome.cluster), hosts)
+            self.apply(Outcome(told, outcome.commands))
             return
         if isinstance(message, Beat):
             self._meters.see(said.device, message.stats, now)
@@ -269,7 +272,7 @@ class Coordinator:
 
     def _remembered(self, planner: Planner, head: Head) -> RingPlan | None:
         report = head.files.plan()
-        if report is None or report.constraints.head != head.name:
+        if report is None or report.constraints.head != head.name or self._options.fresh:
             return None
         if not planner.fits(report) or not allows(self._options, report):
             return None
@@ -279,7 +282,7 @@ class Coordinator:
 
     def _with_kept_profiles(self, cluster: Cluster) -> Cluster:
         digest = cluster.model.manifest.digest
-        if self._head is None or not digest:
+        if self._head is None or not digest or self._options.fresh:
             return cluster
         for device in cluster.devices:
             if device.profile is None:

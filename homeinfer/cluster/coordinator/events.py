@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from homeinfer import __version__
@@ -74,6 +76,15 @@ def connected(cluster: Cluster, key: str, name: str, hello: Hello, host: str, co
     if was_engine and engine is None and name in cluster.ring:
         return outcome.then(recover(cluster, f"{name} began anew", now, replan=False))
     return outcome
+
+
+def head_at(cluster: Cluster, hosts: Sequence[str]) -> Cluster:
+    """The head with an address that it has now, the best first: it may have changed since `cluster up`, and then the
+    others come back one by one."""
+    head = cluster.get(cluster.head)
+    if head is None or not hosts or head.host in hosts:
+        return cluster
+    return cluster.with_device(head.name, host=hosts[0])
 
 
 def _allow(cluster: Cluster) -> tuple[Command, ...]:
@@ -313,7 +324,7 @@ def ordered(cluster: Cluster, order: Order, now: float) -> tuple[Outcome, str | 
         case "yes" | "no":
             return Outcome(cluster), "there is no plan that waits for a yes or no"
         case "down":
-            return Outcome(cluster.having(phase="stopping"), (End("it was taken down"),)), None
+            return Outcome(cluster.having(phase="stopping"), (End("the cluster was taken down"),)), None
         case "replan" if cluster.phase == "ready":
             return ask_for_plan(cluster.having(is_forced=True, better=None), now), None
         case "replan" if cluster.phase in ("waiting", "confirming"):

@@ -87,10 +87,15 @@ class Head:
         )
         self.code: str | None = None
         self.is_restart = was_killed(folder)
-        self.clients = Clients(secure, run_folder(folder), to.on_client)
-        self.ring = _ring_client(run_folder(folder), secure)
+        journal = Journal(folder / "cluster" / "answers")
+        with contextlib.ExitStack() as opened:
+            self.clients = Clients(secure, run_folder(folder), to.on_client)
+            opened.callback(self.clients.close)
+            self.ring = _ring_client(run_folder(folder), secure)
+            opened.callback(_close_ring, self.ring)
+            self._opened = opened.pop_all()
         self.answers = Answers(
-            Journal(folder / "cluster" / "answers"),
+            journal,
             self.clients.send,
             n_ctx=self.model.n_ctx,
             sequences=options.sequences,
@@ -119,10 +124,7 @@ class Head:
 
     def close(self) -> None:
         self.pairing.close()
-        self.ring.close()
-        if self.ring.address.startswith("ipc://"):
-            Path(self.ring.address.removeprefix("ipc://")).unlink(missing_ok=True)
-        self.clients.close()
+        self._opened.close()
 
 
 @contextlib.asynccontextmanager
@@ -169,6 +171,12 @@ def _ring_client(folder: Path, secure: Secure) -> RingClient:
         path.unlink(missing_ok=True)
         return RingClient(f"ipc://{path}", keys)
     return RingClient("tcp://127.0.0.1:*", keys)
+
+
+def _close_ring(ring: RingClient) -> None:
+    ring.close()
+    if ring.address.startswith("ipc://"):
+        Path(ring.address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 @contextlib.asynccontextmanager

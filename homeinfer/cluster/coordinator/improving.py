@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from homeinfer.cluster.coordinator.measuring import link
 from homeinfer.cluster.coordinator.placing import begin, fetch, recover
-from homeinfer.cluster.coordinator.planning import ask_for_plan
-from homeinfer.cluster.coordinator.state import Cluster, Halt, Note, Outcome, Recovery, names, usable
+from homeinfer.cluster.coordinator.planning import ask_for_plan, has_more_memory
+from homeinfer.cluster.coordinator.state import Cluster, Halt, Note, Outcome, Recovery, RingPlan, names, usable
 from homeinfer.cluster.coordinator.weights import missing, replica_wants
 
 _CALM = 1.0
 """Seconds after the ring came up before anything else is tried."""
-_PRESSED_SECONDS, _PLANS_APART = 5.0, 60.0
+_PRESSED_SECONDS, _PLANS_APART = 1.0, 60.0
 _LONGEST_WAIT = 120.0
 """Seconds that a better plan waits for a moment without answers."""
 
@@ -39,6 +39,8 @@ def improve(cluster: Cluster, now: float) -> Outcome:
     cluster = cluster.having(basis=cluster.basis & there)
     if _is_pressed(cluster, now):
         return ask_for_plan(cluster.having(is_forced=True), now)
+    if _is_relieved(cluster, now):
+        return ask_for_plan(cluster, now)
     return _copy(cluster, now)
 
 
@@ -46,6 +48,11 @@ def _is_pressed(cluster: Cluster, now: float) -> bool:
     pressed = [device for device in cluster.devices if device.name in cluster.ring and device.pressed_since]
     lasts = any(now - device.pressed_since > _PRESSED_SECONDS for device in pressed)
     return lasts and now - cluster.planned_at > _PLANS_APART
+
+
+def _is_relieved(cluster: Cluster, now: float) -> bool:
+    """Whether a device has memory again that it lacked when the plan was made."""
+    return now - cluster.planned_at > _PLANS_APART and has_more_memory(cluster, cluster.ring, now)
 
 
 def _change(cluster: Cluster, now: float) -> Outcome:
@@ -64,10 +71,19 @@ def _change(cluster: Cluster, now: float) -> Outcome:
     waits = cluster.answering > 0 and not cluster.is_urgent and now - cluster.better_since < _LONGEST_WAIT
     if lacks or waits:
         return outcome
-    came = ", ".join(sorted(set(better.parts) - set(cluster.ring)))
-    what = f"{came} joined" if came else "there is a better plan"
+    what = _why(cluster, better)
     cluster = cluster.having(recovery=Recovery(what, now, is_planned=True))
     return Outcome(cluster, (Halt(), Note(f"{what}: loading anew", is_notice=True))).then(begin(cluster, better, now))
+
+
+def _why(cluster: Cluster, better: RingPlan) -> str:
+    came = set(better.parts) - set(cluster.ring)
+    if came:
+        return f"{', '.join(sorted(came))} joined"
+    short = [device.name for device in cluster.devices if device.name in cluster.ring and device.pressed_since]
+    if short and cluster.is_urgent:
+        return f"other programs need memory of {', '.join(sorted(short))}"
+    return "there is a better plan"
 
 
 def _copy(cluster: Cluster, now: float) -> Outcome:

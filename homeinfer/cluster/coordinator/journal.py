@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -86,7 +87,9 @@ class Journal:
         if answer not in self._files:
             handle = os.open(self._path(answer), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             self._files[answer] = os.fdopen(handle, "ab", buffering=0)
-        self._files[answer].write(line + b"\n")
+        whole = line + b"\n"
+        if self._files[answer].write(whole) != len(whole):  # what follows would be read as a part of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _read(path: Path) -> Kept | None:

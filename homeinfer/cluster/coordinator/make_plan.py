@@ -7,11 +7,12 @@ from pathlib import Path
 import msgspec
 
 from homeinfer.cluster.coordinator.options import ClusterOptions
-from homeinfer.cluster.coordinator.planning import gain
+from homeinfer.cluster.coordinator.planning import gain, known_links
 from homeinfer.cluster.coordinator.ring_plan import ring_plan
 from homeinfer.cluster.coordinator.state import MakePlan, RingPlan
 from homeinfer.cluster.plan_files import planned_model
 from homeinfer.cluster.planning import planner
+from homeinfer.cluster.planning.kinds import layer_kinds
 from homeinfer.cluster.planning.plan import Constraints, Wire, Workload
 from homeinfer.cluster.planning.profile import DeviceProfile, Network
 from homeinfer.cluster.planning.remarks import remarks
@@ -48,8 +49,20 @@ class Planner:
 
     def make(self, asked: MakePlan) -> RingPlan:
         """Raises HomeinferError when there is no plan, or the model's file has changed."""
+        try:
+            return self._made(asked)
+        except HomeinferError:
+            raise
+        except Exception as problem:  # devices say what they like of themselves, and must not end the cluster by it
+            names = ", ".join(device.name for device in asked.devices[1:])
+            raise HomeinferError(
+                f"planning failed unexpectedly ({type(problem).__name__}: {problem}): if the profile of {names} may be "
+                "at fault, leave that device out (homeinfer cluster forget)"
+            ) from problem
+
+    def _made(self, asked: MakePlan) -> RingPlan:
         self._check_file()
-        devices = planner.with_network(asked.devices, ASSUMED)
+        devices = planner.with_network(self._measured(asked.devices), ASSUMED)
         wire = asked.wire if self._options.wire == "auto" else self._options.wire
         report = self._report(devices, wire or "f32")
         if wire is None and _network_share(report) > _MUCH_NETWORK:
@@ -57,8 +70,18 @@ class Planner:
             report = smaller if gain(smaller, report) > _WORTH_IT else report
         return self.of_report(report)
 
+    def _measured(self, devices: tuple[DeviceProfile, ...]) -> tuple[DeviceProfile, ...]:
+        """Without those (but never the head) whose profiles are of no use for this model: the others go on."""
+        kinds = set(layer_kinds(self._header))
+        head, *others = devices
+        return known_links((head, *(device for device in others if kinds <= known_kinds(device))))
+
     def of_report(self, report: PlanReport) -> RingPlan:
         """What a plan means for its devices. Raises HomeinferError for one of another model."""
+        if report.model.digest != self._manifest.digest:
+            raise HomeinferError(
+                f"{self._options.model} has changed since the cluster came up: take it down and up again"
+            )
         return ring_plan(report, self._manifest.digest, self._needed)
 
     def fits(self, report: PlanReport) -> bool:
@@ -82,10 +105,15 @@ class Planner:
     def _report(self, devices: tuple[DeviceProfile, ...], wire: Wire) -> PlanReport:
         names = {device.name for device in devices}
         required = tuple(name for name in self._options.required if name in names)
-        constraints = Constraints(head=devices[0].name, required=required)
+        constraints = Constraints(head=devices[0].name, required=required, rounds=self._options.rounds)
         planned = planner.plan_model(self._header, devices, self.workload(wire), constraints)
-        notes = remarks(self._header, devices, "")
+        notes = remarks(self._header, devices, "", again="homeinfer cluster up --fresh")
         return planner.report_of(planned_model(self._header), devices, constraints, planned, notes=notes)
+
+
+def known_kinds(device: DeviceProfile) -> set[str]:
+    """The kinds of layer whose time on the device's processor is known."""
+    return {times.kind for times in device.times if times.place != "gpu" and times.gpu == 0}
 
 
 def _network_share(report: PlanReport) -> float:

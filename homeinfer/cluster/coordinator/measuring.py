@@ -41,7 +41,7 @@ def introduce(cluster: Cluster, now: float) -> Outcome:
             commands.append(Tell(device.name, Know(cluster.model.manifest, source(head, ()))))
         elif device.holds is not None and device.profile is None and not device.measuring:
             cluster = cluster.with_device(device.name, measuring=True, moved=now)
-            commands.append(Tell(device.name, Measure(digest)))
+            commands.append(Tell(device.name, Measure(digest, cluster.options.fresh)))
         elif device.measuring and now - device.moved > _MEASURE_SECONDS:
             cluster = cluster.with_device(device.name, measuring=False, problem="it can't be measured", moved=now)
             commands.append(Note(f"{device.name} gets on with no measurement, and is left out"))

@@ -25,7 +25,7 @@ from homeinfer.cluster.coordinator.state import (
     names,
     usable,
 )
-from homeinfer.cluster.coordinator.trust import is_hopeless, pause_after_crashes, recent_crashes
+from homeinfer.cluster.coordinator.trust import is_hopeless, memory_share, pause_after_crashes, recent_crashes
 from homeinfer.cluster.coordinator.weights import missing, sources
 from homeinfer.cluster.wire.control import Fetch, Load, Unload
 
@@ -88,7 +88,7 @@ def crashed(cluster: Cluster, name: str, why: str, now: float, *, is_memory: boo
     """A device's engine is gone: start it again, or leave the device out when that happens too often."""
     device = cluster.device(name)
     crashes = (*recent_crashes(device.crashes, now), now)
-    share = device.memory_share * (_LESS_MEMORY if is_memory else 1.0)
+    share = memory_share(device.memory_share, device.crashes, now) * (_LESS_MEMORY if is_memory else 1.0)
     cluster = cluster.with_device(name, engine=None, crashes=crashes, memory_share=share, task="", share=None)
     if device.is_head and is_hopeless(crashes, now):
         ending = f"the engine of {name}, the head, ends again and again: {why}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from homeinfer.cluster.coordinator import placing
 from homeinfer.cluster.coordinator.options import ClusterOptions
-from homeinfer.cluster.coordinator.state import Cluster, MakePlan, Note, Outcome, RingPlan, names, usable
-from homeinfer.cluster.coordinator.trust import plannable
+from homeinfer.cluster.coordinator.state import Cluster, DeviceView, MakePlan, Note, Outcome, RingPlan, names, usable
+from homeinfer.cluster.coordinator.trust import bearable, memory_share, plannable
 from homeinfer.cluster.planning.profile import DeviceProfile
 from homeinfer.cluster.planning.report import PlanReport
 
-_BETTER = 0.05
+BETTER = 0.05
 """By so much a plan must be better for devices to load anew."""
+_MORE = 1.1
+"""Times the memory that was planned with, from which on there may be another plan."""
 
 
 def usable_names(cluster: Cluster, now: float) -> frozenset[str]:
@@ -20,10 +24,11 @@ def usable_names(cluster: Cluster, now: float) -> frozenset[str]:
 
 
 def allows(options: ClusterOptions, report: PlanReport) -> bool:
-    """Whether an earlier plan has the devices that are asked for now."""
+    """Whether an earlier plan has the devices and rounds that are asked for now."""
     used = {window.device for window in report.windows}
     is_enough = len(report.devices) >= options.devices
-    return is_enough and used.isdisjoint(options.forbidden) and used.issuperset(options.required)
+    is_as_wanted = report.constraints.rounds == options.rounds
+    return is_enough and is_as_wanted and used.isdisjoint(options.forbidden) and used.issuperset(options.required)
 
 
 def ask_for_plan(cluster: Cluster, now: float) -> Outcome:
@@ -33,17 +38,40 @@ def ask_for_plan(cluster: Cluster, now: float) -> Outcome:
         msgspec.structs.replace(
             device.profile,
             name=device.name,
-            memory_bytes=plannable(device.profile, device.stats, device.memory_share, is_given=device.is_given),
+            memory_bytes=memory_now(cluster, device, device.profile, now),
         )
         for device in devices
         if device.profile is not None
     )
+    for profile in profiles:
+        cluster = cluster.with_device(profile.name, planned_bytes=profile.memory_bytes)
     number = cluster.planned + 1
     asked = cluster.having(planning=number, planned=number, planned_at=now, basis=names(devices), tried="")
-    return Outcome(asked, (MakePlan(number, _known_links(profiles), cluster.wire),))
+    return Outcome(asked, (MakePlan(number, known_links(profiles), cluster.wire),))
 
 
-def _known_links(profiles: tuple[DeviceProfile, ...]) -> tuple[DeviceProfile, ...]:
+def memory_now(cluster: Cluster, device: DeviceView, profile: DeviceProfile, now: float) -> int:
+    """Bytes of a device to plan with: for one that runs, what leaves other programs what is to stay free."""
+    share = memory_share(device.memory_share, device.crashes, now)
+    memory = plannable(profile, device.stats, share, is_given=device.is_given)
+    planned = cluster.plan.report.devices if cluster.plan is not None else ()
+    held = next((each.memory_bytes for each in planned if each.name == device.name and each.used), 0)
+    if device.is_given or not held or not device.stats.total_bytes:
+        return memory
+    return min(memory, bearable(held, profile, device.stats, cluster.options.headroom))
+
+
+def has_more_memory(cluster: Cluster, names: Iterable[str], now: float) -> bool:
+    """Whether one of these devices has much more memory than was planned with last."""
+    devices = [device for device in map(cluster.get, names) if device is not None]
+    return any(
+        memory_now(cluster, device, device.profile, now) > _MORE * device.planned_bytes > 0
+        for device in devices
+        if device.profile is not None
+    )
+
+
+def known_links(profiles: tuple[DeviceProfile, ...]) -> tuple[DeviceProfile, ...]:
     """Without links to devices that are not in this plan."""
     there = {profile.name for profile in profiles}
     return tuple(
@@ -57,19 +85,22 @@ def planned(cluster: Cluster, number: int, made: RingPlan | str, now: float) -> 
     if number != cluster.planning:
         return Outcome(cluster)
     cluster = cluster.having(planning=0)
-    if isinstance(made, str):
-        return _no_plan(cluster, made, now)
-    if cluster.phase == "ready":
-        return _compared(cluster, made, now)
+    if cluster.phase in ("ready", "placing", "checking"):  # a ring runs, or is being joined again
+        return _no_other(cluster, made) if isinstance(made, str) else _compared(cluster, made, now)
     if cluster.phase != "planning":
         return Outcome(cluster)
+    if isinstance(made, str):
+        return _no_plan(cluster, made, now)
     wire = made.report.workload.wire
     return placing.adopt(cluster.having(wire=wire), made, now)
 
 
+def _no_other(cluster: Cluster, why: str) -> Outcome:
+    notes = (Note(f"planned anew: everything stays as it is, since {why}"),) if cluster.is_forced else ()
+    return Outcome(cluster.having(is_forced=False), notes)
+
+
 def _no_plan(cluster: Cluster, why: str, now: float) -> Outcome:
-    if cluster.phase == "ready":
-        return Outcome(cluster.having(is_forced=False))
     waiting = cluster.having(phase="waiting", since=now, plan=None, tried=why)
     return Outcome(waiting, (Note(f"no plan: {why}; waiting for other devices", is_notice=True),))
 
@@ -78,7 +109,7 @@ def _compared(cluster: Cluster, made: RingPlan, now: float) -> Outcome:
     """A plan for more devices, or for less memory, while another one runs."""
     assert cluster.plan is not None
     is_other, is_forced = made.parts != cluster.plan.parts, cluster.is_forced
-    is_better = is_forced or gain(made.report, cluster.plan.report) > _BETTER
+    is_better = is_forced or gain(made.report, cluster.plan.report) > BETTER
     cluster = cluster.having(is_forced=False)
     if not is_other or not is_better:
         notes = (Note("planned anew: everything stays as it is"),) if is_forced else ()

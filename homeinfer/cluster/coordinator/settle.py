@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from homeinfer.cluster.coordinator import checking, improving, measuring, placing
-from homeinfer.cluster.coordinator.planning import ask_for_plan, usable_names
+from homeinfer.cluster.coordinator.planning import ask_for_plan, has_more_memory, usable_names
 from homeinfer.cluster.coordinator.state import Cluster, Outcome, RingPlan, usable
 
 KNOWN_SECONDS = 8.0
@@ -59,8 +59,8 @@ def _wait(cluster: Cluster, now: float) -> Outcome:
     if remembered is not None and now - cluster.began < _REMEMBERED_SECONDS:
         return Outcome(cluster)
     measured = frozenset(device.name for device in usable(cluster, now) if device.is_measured)
-    if cluster.tried and measured == cluster.basis:
-        return Outcome(cluster)  # the same devices as when nothing could be made of them
+    if cluster.tried and measured == cluster.basis and not has_more_memory(cluster, measured, now):
+        return Outcome(cluster)  # the same devices as when nothing could be made of them, with as little memory
     if not _may_start(cluster, now):
         return Outcome(cluster)
     return Outcome(cluster.having(phase="measuring", since=now, remembered=None))
@@ -80,6 +80,8 @@ def _may_start(cluster: Cluster, now: float) -> bool:
         return True
     if cluster.is_restart and waited >= _REMEMBERED_SECONDS:
         return True
+    if not there.issuperset(options.required):
+        return False
     if options.devices:
         return len(there) >= options.devices
     if options.wait_seconds:

@@ -35,7 +35,8 @@ class DeviceView(msgspec.Struct, frozen=True):
     """One registered device. connection: number of its present connection, 0 while there is none. heard: when it last
     said something; moved: when its present task last got on. holds: numbers of the tensors on its disk, None: not
     said yet. fetching: what it was asked to get. problem: why it can't be used; it is asked again after a while.
-    shunned_until: it was lost or crashed too often. memory_share: how much of its memory may be planned with."""
+    shunned_until: it was lost or crashed too often. memory_share: how much of its memory may be planned with;
+    planned_bytes: what was planned with last."""
 
     name: str
     key: str
@@ -60,6 +61,7 @@ class DeviceView(msgspec.Struct, frozen=True):
     crashes: tuple[float, ...] = ()
     shunned_until: float = 0.0
     memory_share: float = 1.0
+    planned_bytes: int = 0
     pressed_since: float = 0.0
     task: str = ""
     share: float | None = None

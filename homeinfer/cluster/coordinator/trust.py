@@ -16,6 +16,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 15.0, 600.0
 _MOST_HEAD_CRASHES = 8
 _NOTEWORTHY = 0.8
 _PRESSED = 0.25
+"""Of what is to stay free: what is planned for may take a little more than was thought."""
 
 
 def recent_losses(losses: Sequence[float], now: float) -> tuple[float, ...]:
@@ -41,6 +42,12 @@ def _pause(too_many: int) -> float:
     return min(_FIRST_PAUSE * 2.0 ** (too_many - 1), _LONGEST_PAUSE) if too_many > 0 else 0.0
 
 
+def memory_share(share: float, crashes: Sequence[float], now: float) -> float:
+    """How much of a device's memory may be planned with, where crashes for want of it have made that so little: all of
+    it again when they are long ago."""
+    return share if recent_crashes(crashes, now) else 1.0
+
+
 def is_hopeless(crashes: Sequence[float], now: float) -> bool:
     """Whether the head's engine, without which there is no cluster, ends whatever is tried."""
     return len(recent_crashes(crashes, now)) > _MOST_HEAD_CRASHES
@@ -59,6 +66,14 @@ def plannable(profile: DeviceProfile, stats: DeviceStats, share: float, *, is_gi
     now = stats.available_bytes + stats.memory_bytes
     taken = stats.total_bytes and now < _NOTEWORTHY * profile.memory_bytes and not is_given
     return max(1, int((now if taken else profile.memory_bytes) * share))
+
+
+def bearable(held: int, profile: DeviceProfile, stats: DeviceStats, headroom: float) -> int:
+    """Bytes of memory to plan with for a device that holds so much as the plan says, so that it gives back what is
+    lacking of what is to stay free, or takes what is over. Not by what its processes seem to hold: they share pages
+    with each other and with files."""
+    over = stats.available_bytes - headroom * profile.memory_bytes
+    return max(1, int((held + over) / (1 - headroom)))
 
 
 def is_pressed(profile: DeviceProfile, stats: DeviceStats, headroom: float) -> bool:

@@ -205,8 +205,6 @@ def _workload_changes(problem: Problem, reshape: Reshape) -> Iterator[Group]:
         prompt = min(work.prompt_tokens, shorter)
         what = f"half the context (--ctx {shorter})"
         yield (_with_workload(problem, work, reshape, what, n_ctx=shorter, prompt_tokens=prompt),)
-    if work.kv_type.lower() in ("f16", "bf16", "f32"):
-        yield (_with_workload(problem, work, reshape, "a KV cache of 8 bits (--kv-type q8_0)", kv_type="q8_0"),)
 
 
 def _with_workload(

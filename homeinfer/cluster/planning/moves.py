@@ -9,6 +9,7 @@ from typing import NamedTuple
 from homeinfer.cluster.planning.solve_fill import ORDERS, Filler
 from homeinfer.cluster.planning.solve_state import State
 from homeinfer.cluster.planning.solve_table import Table
+from homeinfer.cluster.planning.start_cut import with_rounds
 
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FEW_LAYERS = 16
@@ -92,13 +93,30 @@ class Moves:
             yield from self.with_slot(state, slot)
 
     def with_slot(self, state: State, slot: int) -> Iterator[Proposal]:
-        """A window of some layers for this device, cut out anywhere."""
+        """A window of some layers for this device, cut out anywhere; several, where somebody demands so many rounds."""
         n_layers = self._table.n_layers
+        if self._table.rounds:
+            yield from self._with_slot_in_rounds(state, slot)
+            return
         for edge in self._edges(state):
             for step in _STEPS:
                 for first in dict.fromkeys((edge, edge - step)):
                     if first >= 0 and first + step <= n_layers:
                         yield from _given(state, first, first + step, slot)
+
+    def _with_slot_in_rounds(self, state: State, slot: int) -> Iterator[Proposal]:
+        """So many windows of some layers for a device that has none, behind each of the others."""
+        rounds, order = self._table.rounds, tuple(dict.fromkeys(state.owners))
+        if slot in order:
+            return
+        one_round = b"".join(bytes([each]) * state.owners.count(each) for each in order)
+        for each in order:
+            end = one_round.rindex(each) + 1
+            for first in dict.fromkeys(max(end - rounds * step, 1) for step in _STEPS):
+                owners = one_round[:first] + bytes([slot]) * (end - first) + one_round[end:]
+                cut = with_rounds(State(owners, state.places), rounds, self._table)
+                if cut is not None:
+                    yield Proposal(cut.owners, cut.places, tuple(dict.fromkeys(cut.owners)))
 
     def transplants(self, state: State) -> Iterator[Proposal]:
         """Some of a window's layers taken out and put back elsewhere, all between shifted: rounds made and balanced."""

@@ -35,13 +35,16 @@ class Workload(msgspec.Struct, frozen=True):
 
 class Constraints(msgspec.Struct, frozen=True):
     """What a user demands. head: the device where the user is, "" for the first profile. private_first and
-    private_last: so many layers at either end stay on the head, so that no other device sees text (at least 1)."""
+    private_last: so many layers at either end stay on the head, so that no other device sees text (at least 1).
+    rounds: how often a token goes around: each device has so many windows, the head one more, the last; 0: as it is
+    best. The head alone has one window, whatever is asked for."""
 
     head: str = ""
     required: tuple[str, ...] = ()
     forbidden: tuple[str, ...] = ()
     private_first: Annotated[int, msgspec.Meta(ge=1)] = 1
     private_last: Annotated[int, msgspec.Meta(ge=1)] = 1
+    rounds: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Window(msgspec.Struct, frozen=True):

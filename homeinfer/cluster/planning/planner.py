@@ -124,7 +124,7 @@ def _refuse_context(header: Header, problem: Problem) -> None:
         each = f"{work.sequences} answers of " if work.sequences > 1 else ""
         raise HomeinferError(
             f"the KV cache of {each}{work.n_ctx:,} tokens fits nowhere beside the layers; the largest context that "
-            f"does is {most:,}: --ctx {most}, or smaller numbers in it with --kv-type q8_0"
+            f"does is {most:,}: --ctx {most}"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from homeinfer.cluster.planning.plan import Constraints
 from homeinfer.cluster.planning.profile import DeviceProfile
+from homeinfer.cluster.planning.rounds import least_layers
 from homeinfer.cluster.planning.shape import ModelShape
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import printable
@@ -36,6 +37,16 @@ def check_constraints(devices: Sequence[DeviceProfile], constraints: Constraints
             raise HomeinferError(
                 f"--private-layers {count}: the model has {n_layer} layers, so not that many {end} ones: ask for fewer"
             )
+    check_rounds(constraints.rounds, max(len({head, *constraints.required}), 2), n_layer)
+
+
+def check_rounds(rounds: int, devices: int, n_layer: int) -> None:
+    """Raises HomeinferError when so many devices can't have so many windows each."""
+    least = least_layers(devices, rounds)
+    if rounds and least > n_layer:
+        raise HomeinferError(
+            f"--rounds {rounds}: {devices} devices need {least} layers for that, the model has {n_layer}: ask for fewer"
+        )
 
 
 def used_devices(devices: Sequence[DeviceProfile], constraints: Constraints) -> tuple[DeviceProfile, ...]:

@@ -9,9 +9,11 @@ from homeinfer.model.architectures_refused import REFUSED
 from homeinfer.model.header import Header, printable
 
 
-def remarks(header: Header, devices: Sequence[DeviceProfile], assumed_link: str) -> tuple[str, ...]:
+def remarks(
+    header: Header, devices: Sequence[DeviceProfile], assumed_link: str, again: str = "homeinfer profile --fresh"
+) -> tuple[str, ...]:
     """One sentence each: busy devices, networks nobody measured (for which assumed_link stands, "" when the user said
-    what to take), models that stay in one piece, files without data."""
+    what to take), models that stay in one piece, files without data. again: the command that measures anew."""
     found = []
     busy = [device for device in devices if not device.is_quiet]
     if busy:
@@ -20,8 +22,8 @@ def remarks(header: Header, devices: Sequence[DeviceProfile], assumed_link: str)
         most = max(device.noise for device in busy)
         off = f" (times differed by {'up to ' if len(busy) > 1 else ''}{100 * most:.0f} %)" if most else ""
         found.append(
-            f"{names} {were} busy while {they} measured{off}, so the numbers may be off: run homeinfer profile again "
-            "when nothing else runs there"
+            f"{names} {were} busy while {they} measured{off}, so the numbers may be off: {again} measures again, "
+            "best when nothing else runs there"
         )
     unknown = [printable(device.name, 40) for device in devices if not device.network and not device.links]
     if unknown and len(devices) > 1 and assumed_link:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from homeinfer.cluster.planning.plan import Ring
 from homeinfer.cluster.planning.problem import Problem
+from homeinfer.cluster.planning.rounds import has_rounds
 from homeinfer.model.records import printable
 
 
@@ -36,6 +37,8 @@ def _unmet(problem: Problem, ring: Ring, head: str) -> str | None:
     for name in demands.required:
         if name not in used:
             return f"{printable(name, 60)} must take part"
+    if demands.rounds and not has_rounds([window.device for window in ring.windows], demands.rounds):
+        return f"each device must have {demands.rounds} of the windows, and the head the last one besides"
     for window in ring.windows:
         is_private = window.first < demands.private_first or window.last > n - demands.private_last
         if is_private and window.device != head:

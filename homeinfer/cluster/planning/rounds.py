@@ -1,34 +1,29 @@
-"""The same layers for everyone, in several rounds: what is streamed can be read while others compute. Pure."""
+"""How often a token goes around the ring: how many windows each device has. Pure."""
 
 from __future__ import annotations
 
-from homeinfer.cluster.planning.solve_state import State
-from homeinfer.cluster.planning.solve_table import Table
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 
-def with_rounds(state: State, rounds: int, table: Table) -> State:
-    """Each slot's layers in so many equal windows, in the order in which slots come first; the head's last window
-    stays the last. Places are to be filled in."""
-    n_layers, last = table.n_layers, table.problem.constraints.private_last
-    order = tuple(dict.fromkeys(state.owners))
-    if len(order) == 1:
-        return state
-    counts = {slot: state.owners.count(slot) for slot in order}
-    end = min(last, counts[order[0]] - table.problem.constraints.private_first)
-    counts[order[0]] -= max(end, 0)
-    owners = bytearray()
-    for index in range(rounds):
-        for slot in order:
-            owners += bytes([slot]) * (counts[slot] * (index + 1) // rounds - counts[slot] * index // rounds)
-    owners += bytes([order[0]]) * (n_layers - len(owners))
-    return State(bytes(owners), state.places)
-
-
-def count_rounds(owners: tuple[str, ...]) -> int:
+def count_rounds(owners: Sequence[Hashable]) -> int:
     """How often a token comes by the device with the most windows; the head's last window is no round of its own.
 
     owners: the device of each window in ring order.
     """
-    if len(owners) == 1:
-        return 1
-    return max(owners[:-1].count(owner) for owner in owners[:-1])
+    return max(_windows_of_each(owners).values())
+
+
+def has_rounds(owners: Sequence[Hashable], rounds: int) -> bool:
+    """Whether each device has so many windows, the head one more, which is the last. One alone has one window, whatever
+    is asked for."""
+    return len(owners) == 1 or set(_windows_of_each(owners).values()) == {rounds}
+
+
+def least_layers(devices: int, rounds: int) -> int:
+    """Layers of the smallest model that so many devices can hold in so many rounds."""
+    return devices * rounds + 1 if devices > 1 else 1
+
+
+def _windows_of_each(owners: Sequence[Hashable]) -> Counter[Hashable]:
+    return Counter(owners[:-1] if len(owners) > 1 else owners)

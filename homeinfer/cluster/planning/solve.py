@@ -15,15 +15,16 @@ import msgspec
 from homeinfer.cluster.planning.moves import Moves
 from homeinfer.cluster.planning.plan import Prediction, Ring
 from homeinfer.cluster.planning.problem import Problem
-from homeinfer.cluster.planning.rounds import count_rounds, with_rounds
+from homeinfer.cluster.planning.rounds import count_rounds
 from homeinfer.cluster.planning.simulate import Simulator
 from homeinfer.cluster.planning.solve_exact import Exact
-from homeinfer.cluster.planning.solve_fill import ORDERS, Filler
+from homeinfer.cluster.planning.solve_fill import Filler
 from homeinfer.cluster.planning.solve_reasons import reason, with_device
 from homeinfer.cluster.planning.solve_search import Judge, descend, descend_roughly
 from homeinfer.cluster.planning.solve_state import State
 from homeinfer.cluster.planning.solve_table import Table
-from homeinfer.cluster.planning.start_all import starts
+from homeinfer.cluster.planning.start_all import in_all_orders, starts
+from homeinfer.cluster.planning.start_cut import with_rounds
 from homeinfer.errors import HomeinferError
 from homeinfer.model.records import printable
 
@@ -33,7 +34,8 @@ _DESCENTS = 4
 _SHARE, _ROUGH_SHARE = 0.5, 0.4
 _ROUNDS = (2, 3, 4)
 _SMALL_LAYERS, _SMALL_SLOTS = 14, 4
-_NODES = 1_000_000
+_NODES, _NODES_IN_ROUNDS = 1_000_000, 100_000
+"""Bounds know nothing of how many rounds are demanded: they cut off less then."""
 _MORE_DESCENTS, _MORE_EFFORT = 8, 150_000
 
 Progress = Callable[[float], None]
@@ -86,7 +88,7 @@ class _Search:
         for count, (_, owners, places) in enumerate(ranked[:_DESCENTS], 1):
             self._descend(State(owners, places))
             self._on_progress(0.1 + 0.5 * count / _DESCENTS)
-        if self.state is not None and "s" in self.state.places:
+        if self.state is not None and "s" in self.state.places and not self._table.rounds:
             self._try_rounds(self.state)
         work = self._table.problem.workload
         if self._is_small and work.objective != "ttft" and work.sequences == 1:
@@ -141,11 +143,9 @@ class _Search:
     def _try_rounds(self, state: State) -> None:
         for rounds in _ROUNDS:
             changed = with_rounds(state, rounds, self._table)
-            options = []
-            for order in ORDERS:
-                filled = self._filler.filled(changed, dict.fromkeys(changed.owners), order)
-                if filled is not None and self._table.is_allowed(filled.owners):
-                    options.append(filled)
+            if changed is None or not self._table.is_allowed(changed.owners):
+                continue
+            options = list(in_all_orders(self._filler, changed))
             better = self.judge.best_of(options, math.inf)
             if better is not None:
                 self._descend(better[1])
@@ -155,7 +155,8 @@ class _Search:
         if work.objective == "ttft" or work.sequences > 1:
             return
         if self._is_small:
-            self.best, self.state = Exact(self.judge, _NODES).run(self.best, self.state)
+            nodes = _NODES_IN_ROUNDS if self._table.rounds else _NODES
+            self.best, self.state = Exact(self.judge, nodes).run(self.best, self.state)
 
 
 def _effort(n: int) -> int:
@@ -184,7 +185,10 @@ def _missing(table: Table, simulator: Simulator) -> str:
     lacking = sorted(name for name in problem.constraints.required if name != problem.head)
     if lacking:
         names = ", ".join(printable(name, 60) for name in lacking)
-        return f"no plan was found in which all required devices take part ({names}): require fewer"
+        times = f" in {table.rounds} rounds" if table.rounds > 1 else ""
+        return f"no plan was found in which all required devices take part{times} ({names}): require fewer"
+    if table.rounds > 1:
+        return f"no plan was found that goes around {table.rounds} times: ask for fewer rounds"
     alone = State(bytes([table.heads[0]]) * table.n_layers, "s" * table.n_layers)
     ring = Judge(table, simulator, 0).ring(alone)
     return f"no plan fits these devices; with all layers on the head, streamed: {simulator.trouble(ring)}"

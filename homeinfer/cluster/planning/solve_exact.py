@@ -95,6 +95,8 @@ class Exact:
             slot, place = self._choices[choice]
             device = table.slots[slot].device
             now = self._added(held[device], slot, place, first, last)
+            if table.rounds and len(now) > table.rounds + (slot in table.heads):
+                continue
             more, waits = table.held_ms(device, now)
             if math.isinf(more):
                 continue

@@ -7,6 +7,7 @@ from itertools import accumulate, pairwise
 
 from homeinfer.cluster.planning.plan import LayerPlace, Window
 from homeinfer.cluster.planning.problem import Problem
+from homeinfer.cluster.planning.rounds import has_rounds
 from homeinfer.cluster.planning.simulate import Simulator
 from homeinfer.cluster.planning.solve_state import MOST_SLOTS, Slot, State, windows_of
 from homeinfer.errors import HomeinferError
@@ -65,6 +66,7 @@ class Table:
         )
         self.heads = tuple(i for i in self.usable if self.names[self.slots[i].device] == problem.head)
         self.required = frozenset(self.names.index(name) for name in problem.constraints.required)
+        self.rounds = problem.constraints.rounds
         self.lead = tuple(problem.devices[slot.device].window_ms for slot in self.slots)
         sequences = problem.workload.sequences
         self.steps = {
@@ -88,12 +90,13 @@ class Table:
             self.disk_of.append(groups.setdefault(key, len(groups)))
 
     def is_allowed(self, owners: bytes) -> bool:
-        """Whether the user's demands are met: the head at both ends, private layers there, required devices in it."""
+        """Whether the user's demands are met: the head at both ends, private layers there, required devices in it, as
+        many rounds as are wanted."""
         if not self._is_private(owners):
             return False
-        if not self.required:
-            return True
-        return self.required <= {self.slots[owner].device for owner in set(owners)}
+        if self.required and not self.required <= {self.slots[owner].device for owner in set(owners)}:
+            return False
+        return not self.rounds or has_rounds([self.slots[slot].device for slot, *_ in windows_of(owners)], self.rounds)
 
     def _is_private(self, owners: bytes) -> bool:
         limits = self.problem.constraints
@@ -105,7 +108,7 @@ class Table:
         return self.way(owners) if self.is_allowed(owners) else math.inf
 
     def way(self, owners: bytes) -> float:
-        """The same for a plan that may lack required devices."""
+        """The same for a plan that may lack required devices and rounds."""
         if not self._is_private(owners):
             return math.inf
         total, before, step, may_cut = 0.0, -1, self._quickest, self.shape.may_cut

@@ -10,6 +10,7 @@ from homeinfer.cluster.planning.plan import Ring
 from homeinfer.cluster.planning.solve_fill import ORDERS, Filler
 from homeinfer.cluster.planning.solve_state import State, to_state
 from homeinfer.cluster.planning.solve_table import Table
+from homeinfer.cluster.planning.start_cut import one_slot_each, with_rounds
 from homeinfer.cluster.planning.start_milp import average_counts
 from homeinfer.cluster.planning.start_path import Paths
 from homeinfer.cluster.planning.start_required import Required
@@ -20,7 +21,28 @@ _LIMITS = 5
 
 
 def starts(table: Table, filler: Filler) -> Iterator[State]:
-    """States that may be feasible; some come more than once. Those that lack a required device come with it too."""
+    """States that may be feasible; some come more than once. Those that lack a required device come with it too, and
+    all of them in as many rounds as are wanted."""
+    if not table.rounds:
+        yield from _complete(table, filler)
+        return
+    seen = set[bytes]()
+    for state in _complete(table, filler):
+        cut = with_rounds(one_slot_each(state, table), table.rounds, table)
+        if cut is not None and cut.owners not in seen:
+            seen.add(cut.owners)
+            yield from in_all_orders(filler, cut)
+
+
+def in_all_orders(filler: Filler, state: State) -> Iterator[State]:
+    """A state's windows filled in each way that fits."""
+    for order in ORDERS:
+        filled = filler.filled(state, dict.fromkeys(state.owners), order)
+        if filled is not None:
+            yield filled
+
+
+def _complete(table: Table, filler: Filler) -> Iterator[State]:
     required = Required(table, filler)
     if table.required:
         streamed = State(bytes([table.heads[0]]) * table.n_layers, "s" * table.n_layers)

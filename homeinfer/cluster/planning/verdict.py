@@ -29,7 +29,7 @@ def _where(report: PlanReport) -> str:
         if share < _LITTLE:
             waits = "nearly all of that happens while others compute"
         return f"Not all layers fit into memory: {gigabytes(read)} are read from disk for each token, and {waits}."
-    places = {place for window in report.windows for place in window.places}
+    places = {"r" if place == "s" else place for window in report.windows for place in window.places}
     where = {"g": "on the GPU", "r": "in memory"}.get("".join(places), "in memory or on a GPU")
     if len(used) == 1 and len(report.devices) > 1:
         return f"All layers fit {where} of {used[0].name}, and a second device would only slow it down."

@@ -216,15 +216,23 @@ class _Fetch:
         return True
 
     async def _ask(self, link: SourceLink) -> None:
-        while link.has_credit:
+        """As much as may be under way: little, with rests, while the rate is limited, as it is while answers are being
+        written."""
+        while link.has_credit(is_polite=self._limit.most_bytes_per_s > 0):
+            if self._limit.most_bytes_per_s:
+                await self._waited(self._limit.rest(link.rest_seconds(time.monotonic())))
             piece = self._schedule.next(link.source.name, time.monotonic())
             if piece is None:
                 return
-            began = time.monotonic()
-            await self._limit.take(piece.nbytes)
-            self._moved_at += time.monotonic() - began  # to wait for the limit is no silence
+            await self._waited(self._limit.take(piece.nbytes))
             tensor = self._manifest.tensors[piece.tensor]
             await link.ask(self._manifest.digest, tensor.file, tensor.offset + piece.offset, piece.nbytes, piece)
+
+    async def _waited(self, turn: Coroutine[Any, Any, None]) -> None:
+        """Wait for one's turn, which is no silence."""
+        began = time.monotonic()
+        await turn
+        self._moved_at += time.monotonic() - began
 
     async def _take(self, name: str, piece: Piece, data: memoryview | None) -> None:
         self._moved_at = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 
@@ -25,6 +26,11 @@ class RateLimit:
     @property
     def most_bytes_per_s(self) -> int:
         return self._rate
+
+    async def rest(self, seconds: float) -> None:
+        """Let others have the link for so long, or until the limit is another one."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
 
     async def take(self, nbytes: int) -> None:
         """Wait for one's turn to move nbytes."""

@@ -29,7 +29,7 @@ class WeightsServer:
     ) -> None:
         """Listens at once at tcp://HOST:PORT (PORT * for a free one). is_allowed: whether a device's key (Z85) may have
         weights, asked at each request. Raises HomeinferError where it can't listen."""
-        self._socket = secure.router(address, "weights", is_allowed, MOST_REQUEST_BYTES)
+        self._socket = secure.router(address, "weights", is_allowed, MOST_REQUEST_BYTES, most_unsent=_MOST_UNSENT)
         self.port = bound_port(self._socket)
         self.sent_bytes = 0
         self._is_allowed = is_allowed
@@ -60,12 +60,9 @@ class WeightsServer:
         except HomeinferError:
             return
         peer = frames[0].bytes
-        if peer not in self._waiting:
-            self._waiting[peer] = deque()
-            # applies to connections that are there; ROUTER drops what goes beyond
-            self._socket.sndhwm = _MOST_UNSENT
-        if len(self._waiting[peer]) < _MOST_WAITING:
-            self._waiting[peer].append(want)
+        waiting = self._waiting.setdefault(peer, deque())
+        if len(waiting) < _MOST_WAITING:
+            waiting.append(want)
             self._came.set()
 
     async def _answer_all(self) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.wire.control import DeviceStats, Name, Text, decoded
+from homeinfer.cluster.wire.control import encode as encode
 from homeinfer.engine.generate import Finish, Request
 
 AnswerId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -43,7 +44,8 @@ class DeviceStatus(msgspec.Struct, frozen=True):
 
 class ClusterStatus(msgspec.Struct, frozen=True):
     """What `homeinfer cluster status --json` prints. code: the pairing code, while one is valid. events: the last
-    lines that a user should know, newest last. answers: how many are being written now."""
+    lines that a user should know, newest last. answers: how many are being written now.
+    waits_for: what a cluster that waits for devices waits for."""
 
     state: ClusterState
     model: str
@@ -59,6 +61,7 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     answered: int = 0
     recoveries: int = 0
     events: tuple[str, ...] = ()
+    waits_for: str = ""
     pid: int = 0
 
 
@@ -95,7 +98,7 @@ class CancelAnswer(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class Order(msgspec.Struct, frozen=True, tag="order"):
-    """down: end the cluster. forget: a device by name. code: make a new pairing code. plan: plan anew. yes, no: the
+    """down: end the cluster. forget: a device by name. code: make a new pairing code. replan: plan anew. yes, no: the
     answer to the plan. Answered by Done."""
 
     what: Literal["down", "forget", "code", "replan", "yes", "no"]
@@ -147,14 +150,8 @@ class Done(msgspec.Struct, frozen=True, tag="order_done"):
 FromClient = Open | Watch | AskAnswer | Resume | CancelAnswer | Order
 ToClient = Status | Tokens | Notice | AnswerDone | AnswerFailed | Unknown | Done
 
-_encoder = msgspec.msgpack.Encoder()
 _from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
 _to_client: msgspec.msgpack.Decoder[ToClient] = msgspec.msgpack.Decoder(ToClient)
-
-
-def encode(message: msgspec.Struct) -> bytes:
-    """One frame."""
-    return _encoder.encode(message)
 
 
 def from_client(frame: Any) -> FromClient:

@@ -37,7 +37,7 @@ class PairingCode(msgspec.Struct, frozen=True):
 
 
 def encode_code(code: PairingCode) -> str:
-    """XXXX-XXXX-... Raises HomeinferError for a code that no head would make."""
+    """ABCD-EFGH-…: groups of four. Raises HomeinferError for a code that no head would make."""
     if not 1 <= len(code.hosts) <= _MOST_HOSTS or not 0 < code.port < 1 << 16 or len(code.secret) != SECRET_BYTES:
         raise HomeinferError("a pairing code needs 1 to 15 hosts, a port and a secret of 8 bytes")
     head = bytes([_VERSION << 4 | len(code.hosts)]) + code.port.to_bytes(2, "big")

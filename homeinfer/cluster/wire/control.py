@@ -115,11 +115,13 @@ class EngineStatus(msgspec.Struct, frozen=True):
 class DeviceStats(msgspec.Struct, frozen=True):
     """What a device is doing, sums since the engine's start where nothing else is said.
 
-    memory_bytes: of agent and engine together; available_bytes: what other programs could still take;
+    memory_bytes: of agent and engine together, engine_bytes of it the engine's, which is what a plan counts;
+    available_bytes: what other programs could still take;
     stalled: share of the last seconds that something on this device waited for memory (0 where the system can't say).
     """
 
     memory_bytes: Bytes = 0
+    engine_bytes: Bytes = 0
     available_bytes: Bytes = 0
     total_bytes: Bytes = 0
     stalled: Share = 0.0

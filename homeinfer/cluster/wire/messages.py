@@ -164,7 +164,14 @@ def decode(frames: Sequence[Any]) -> tuple[Message, memoryview]:
         (length,) = _LENGTH.unpack_from(first)
         end = _LENGTH.size + (length & ~_SPLIT)
         message = _decoder.decode(first[_LENGTH.size : end])
-    except (msgspec.MsgspecError, struct.error, IndexError, UnicodeDecodeError, RecursionError) as problem:
+    except (
+        msgspec.MsgspecError,
+        struct.error,
+        IndexError,
+        UnicodeDecodeError,
+        RecursionError,
+        OverflowError,
+    ) as problem:
         raise HomeinferError(f"a message of the ring can't be read: {problem}") from problem
     return message, memoryview(frames[1]) if len(frames) > 1 else first[end + -end % 16 :]
 

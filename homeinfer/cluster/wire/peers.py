@@ -13,6 +13,9 @@ class Keys(msgspec.Struct, frozen=True):
     secret: str
     allowed: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"Keys(public={self.public!r})"
+
 
 class Peer(msgspec.Struct, frozen=True):
     """Where to send: an address, and for tcp the receiver's public key."""

@@ -11,7 +11,9 @@ from typing import Any
 import zmq
 import zmq.auth.thread
 
+from homeinfer.cluster.wire.guard import Guard, count_taken, wire_bytes
 from homeinfer.cluster.wire.keepalive import keep_alive
+from homeinfer.cluster.wire.ledger import Ledger
 from homeinfer.cluster.wire.messages import is_split
 from homeinfer.cluster.wire.peers import Keys, Peer, new_keys
 from homeinfer.errors import HomeinferError
@@ -27,8 +29,13 @@ _ZERO_COPY = 1 << 20
 """Sending without a copy wakes a thread of pyzmq's when the message has left, 0.4 ms: worth it from here on."""
 _HANDSHAKE_MS = 5000
 _MOST_QUEUED = 64
-"""Messages of one sender that wait here; further ones wait on its side."""
 _MOST_PARTS = 2
+_MOST_HELD, _HELD_MESSAGES = 64 << 20, 16
+"""Bytes, but at least so many of the largest messages, that one device on the network may have waiting here: more than
+a ring has under way (teller: one step of a prompt for each window and one more)."""
+_MOST_ANSWER = 1024
+"""Bytes of a frame that a connection for sending takes in: handshakes need some hundreds, and nothing else is said."""
+_MOST_ANSWERS = 1 << 16
 
 
 def send(socket: zmq.Socket[bytes], frames: list[Any], flags: int = 0) -> None:
@@ -60,10 +67,15 @@ class Links:
     ) -> None:
         """Listen at `ipc://FILE` or `tcp://HOST:PORT` (port * for a free one).
 
-        A peer that sends a frame of more than max_bytes is cut off; receive waits patience_ms (-1: for ever).
+        A peer on the network that sends a frame of more than max_bytes is cut off, and so is one that has more waiting
+        here than a ring ever has under way; receive waits patience_ms (-1: for ever). most_queued: messages of one
+        sender that wait here, where bytes are not counted (a file, macOS, Windows); further ones wait on its side.
         Raises HomeinferError for tcp without keys, or a taken address.
         """
         self._context = zmq.Context()
+        self._guard: Guard | None = None
+        self._ledger: Ledger | None = None
+        self._most_queued = most_queued
         self._keys = keys
         self._senders: dict[Peer, zmq.Socket[bytes]] = {}
         self._waker: zmq.Socket[bytes] | None = None
@@ -77,7 +89,7 @@ class Links:
         self._receiver.handshake_ivl = _HANDSHAKE_MS
         self._wake_address = f"inproc://wake-{id(self)}"
         try:
-            self._secure(listen, self._receiver)
+            self._secure(listen, self._receiver, max_bytes)
             self._receiver.bind(self._wake_address)
             self._bind(listen)
         except HomeinferError:
@@ -88,11 +100,14 @@ class Links:
             raise HomeinferError(f"can't listen at {listen}: {problem.strerror}") from problem
         self.address = self._receiver.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def _secure(self, listen: str, receiver: zmq.Socket[bytes]) -> None:
+    def _secure(self, listen: str, receiver: zmq.Socket[bytes], max_bytes: int) -> None:
         if self._is_file:
             return
         if self._keys is None:
             raise HomeinferError(f"{listen} would listen in the clear: a ring over a network needs keys")
+        self._guard = Guard(self._context)
+        most_held = max(_MOST_HELD, _HELD_MESSAGES * max_bytes)
+        self._ledger = self._guard.watch(receiver, max_bytes, most_held, listens=True, most_queued=self._most_queued)
         self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback("ring", credentials_provider=self._allowed)
@@ -135,11 +150,18 @@ class Links:
                 sender.curve_secretkey = self._keys.secret.encode()
                 keep_alive(sender)
                 sender.ipv6 = True
+                self._guarded(sender)
             sender.connect(peer.address)
         except zmq.ZMQError as problem:
             sender.close(linger=0)
             raise HomeinferError(f"{peer.address} can't be reached: {problem.strerror}") from problem
         return sender
+
+    def _guarded(self, sender: zmq.Socket[bytes]) -> None:
+        """What the other end says there is never taken, so it may not say much."""
+        if self._guard is None:
+            self._guard = Guard(self._context)
+        self._guard.watch(sender, _MOST_ANSWER, _MOST_ANSWERS, listens=False, most_queued=1)
 
     def send(self, peer: Peer, frames: list[Any]) -> None:
         """Queue a message for a peer. Never waits: a connection that the peer refused is made anew for it.
@@ -176,21 +198,36 @@ class Links:
 
     def _receive(self, flags: int) -> list[Any] | None:
         try:
-            if self._is_file:
-                first: Any = self._receiver.recv(flags)
-                more = is_split(first)
-            else:
-                frame = self._receiver.recv(flags, copy=False)
-                first, more = frame.buffer if self._may_send(frame) else b"", frame.more
+            return self._from_file(flags) if self._ledger is None else self._from_network(flags, self._ledger)
         except zmq.Again:
             return None
-        frames: list[Any] = [first]
-        while more:
+
+    def _from_file(self, flags: int) -> list[Any] | None:
+        first: Any = self._receiver.recv(flags)
+        frames = [first]
+        if is_split(first):
+            frames.append(self._receiver.recv(copy=False).buffer)
+        return frames if len(first) else None
+
+    def _from_network(self, flags: int, ledger: Ledger) -> list[Any] | None:
+        first = part = self._first_frame(flags, ledger)
+        frames, nbytes = [first.buffer], wire_bytes(len(first))
+        while part.more:
             part = self._receiver.recv(copy=False)
-            more = part.more
+            nbytes += wire_bytes(len(part))
             if len(frames) < _MOST_PARTS:
                 frames.append(part.buffer)
-        return frames if len(first) else None
+        count_taken(ledger, first, nbytes)
+        return frames if self._may_send(first) else None
+
+    def _first_frame(self, flags: int, ledger: Ledger) -> zmq.Frame:
+        try:  # zmq.EVENTS announces a message that never comes where its sender left in the middle of it
+            return self._receiver.recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            ledger.emptied()
+            if flags:
+                raise
+            return self._receiver.recv(copy=False)
 
     def _may_send(self, frame: zmq.Frame) -> bool:
         """Whether a message is from someone who may send: a connection outlives the permission it was made with."""
@@ -208,6 +245,8 @@ class Links:
             sender.close()
         if self._authenticator is not None:
             self._authenticator.stop()
+        if self._guard is not None:
+            self._guard.close()
         self._context.term()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -43,10 +44,13 @@ def profile(model: Path, name: str, memory_bytes: int = MUCH, rate: float = 10e9
 
 
 def free_port() -> int:
-    """One whose next is probably free too."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+    """One whose next is free too, and neither of those that the system hands out meanwhile (32768 and more)."""
+    while True:
+        port = random.randrange(20_000, 32_000, 2)
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
 
 
 class Home:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,20 @@ def test_a_rate_begins_anew_with_its_sum() -> None:
     assert rate.per_s == 2000
     rate.see(3, 100)
     assert rate.per_s == 0
+
+
+def test_a_disk_that_takes_only_a_part_of_a_token_is_full(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin(ASK)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (path,) = tmp_path.iterdir()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 2, before[1]))
+        with pytest.raises(OSError, match="No space left"):
+            journal.tokens(ASK.id, (12345,))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    journal.close_all()
+    assert Journal(tmp_path).load()[0].told == ()

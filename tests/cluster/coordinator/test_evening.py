@@ -121,12 +121,20 @@ def test_an_answer_goes_on_after_the_coordinator_was_killed(pair: TestCluster, e
 
 def test_two_at_a_time_are_written_and_more_wait(pair: TestCluster, expected: Reference) -> None:
     answers: list[list[int]] = []
-    threads = [threading.Thread(target=lambda: answers.append(pair.tell(expected.prompt, LIMIT)[0])) for _ in range(3)]
+    notices: list[str] = []
+
+    def tell() -> None:
+        tokens, said = pair.tell(expected.prompt, LIMIT)
+        answers.append(tokens)
+        notices.extend(said)
+
+    threads = [threading.Thread(target=tell) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert agreement([expected] * 3, answers).ties == 0
+    assert notices == ["others are being answered, 2 at a time: this waits its turn"]
 
 
 def test_prompts_that_cannot_be_answered_are_refused_in_one_line(pair: TestCluster) -> None:

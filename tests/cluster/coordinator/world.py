@@ -33,6 +33,7 @@ from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.control import FromAgent, FromHead, Manifest, ModelFile, ModelTensor, Part
 
 DIGEST = "d" * 64
+NAMES = ("desk", "box", "pad")
 LAYERS = 8
 MANIFEST = Manifest(
     DIGEST,
@@ -88,6 +89,7 @@ class FakeDevice:
         self.port = 1000
         self.says: list[FromAgent] = []
         self.heard: list[FromHead] = []
+        self.stats = control.DeviceStats()
 
     def hear(self, message: FromHead) -> None:
         self.heard.append(message)
@@ -125,10 +127,10 @@ class FakeDevice:
     def end(self) -> None:
         self.is_on, self.part, self.is_hung, self.says = False, None, False, []
 
-    def crash(self) -> None:
+    def crash(self, *, is_memory: bool = False) -> None:
         if self.part is not None:
             self.part, self.is_hung = None, False
-            self.says.append(control.EngineGone(self.epoch, "it was killed"))
+            self.says.append(control.EngineGone(self.epoch, "it was killed", is_memory=is_memory))
 
 
 class World:
@@ -146,6 +148,7 @@ class World:
         self.notes: list[str] = []
         self.ended: str | None = None
         self.plans: list[MakePlan] = []
+        self.is_planning_slow = False
         self._connections = 0
 
     def turn_on(self, *names: str) -> None:
@@ -208,11 +211,11 @@ class World:
         self.now += seconds
         for name, device in self.devices.items():
             if device.is_on:
-                self.take(events.heard(self.cluster, name, control.Beat(control.DeviceStats()), self.now))
+                self.take(events.heard(self.cluster, name, control.Beat(device.stats), self.now))
                 said, device.says = device.says, []
                 for message in said:
                     self.take(events.heard(self.cluster, name, message, self.now))
-        plans, self.plans = self.plans, []
+        plans, self.plans = ([], self.plans) if self.is_planning_slow else (self.plans, [])
         for plan in plans:
             made = even_plan(plan.devices, self.least)
             self.take(planned(self.cluster, plan.number, made, self.now))
@@ -230,3 +233,12 @@ class World:
 
 def options(**changes: object) -> ClusterOptions:
     return msgspec.structs.replace(ClusterOptions("m.gguf"), **changes)
+
+
+def running(**changes: object) -> World:
+    """Three devices that serve."""
+    world = World(options(devices=3, **changes), NAMES)
+    world.turn_on(*NAMES)
+    world.run(5)
+    assert world.ring() == set(NAMES)
+    return world

@@ -138,6 +138,6 @@ def test_a_large_models_shape_takes_a_moment() -> None:
     names = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_gate", "ffn_down", "attn_norm", "ffn_norm")
     tensors: dict[str, tuple[int, ...]] = {f"blk.{i}.{name}.weight": (8192, 1024) for i in range(128) for name in names}
     header = header_of("llama", layers=128, tensors={"token_embd.weight": (8192, 1000), **tensors})
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(model_shape(header, Workload()).layers) == 128
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0

@@ -1,0 +1,147 @@
+"""A thread that watches the connections of sockets (ledger.Ledger), so that no peer takes memory or files beyond a
+bound, whatever the process itself is busy with."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from homeinfer.cluster.wire.connection import CAN_COUNT
+from homeinfer.cluster.wire.ledger import Ledger
+
+_LOOK_MS, _QUIET_MS = 100, 250
+"""What comes within this time may go beyond a bound, 12 MB at a gigabit per second; longer where it was quiet."""
+_OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
+_EVENTS = _OPENED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+_numbers: Iterator[int] = count()
+OnEvent = Callable[[int], None]
+_Watched = tuple[Ledger, OnEvent]
+
+
+class Guard:
+    """Of the sockets of one context, which are all made and closed by one thread."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._context = context
+        self._new: deque[tuple[zmq.Socket[bytes], _Watched]] = deque()
+        self._watched: dict[zmq.Socket[bytes], _Watched] = {}
+        self._is_closing = False
+        address = f"inproc://guard-{next(_numbers)}"
+        self._woken: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        self._woken.bind(address)
+        self._waker: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+        self._waker.connect(address)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
+        self._thread.start()
+
+    def watch(
+        self,
+        socket: zmq.Socket[Any],
+        most_bytes: int,
+        most_held: int,
+        *,
+        listens: bool,
+        most_queued: int,
+        on_event: OnEvent = lambda _: None,
+    ) -> Ledger:
+        """Before the socket is bound or connected; until it is closed. Whoever takes messages from it tells the ledger.
+
+        most_bytes: of a frame; most_held: ledger.Ledger; most_queued: messages of one peer that wait here where the
+        system can't say how many bytes do. on_event gets zmq.EVENT_CONNECTED, EVENT_HANDSHAKE_SUCCEEDED and
+        EVENT_DISCONNECTED (EVENT_ACCEPTED), in the guard's thread.
+        """
+        socket.maxmsgsize = most_bytes
+        socket.rcvhwm = 0 if CAN_COUNT else most_queued
+        ledger = Ledger(most_bytes, most_held, listens=listens)
+        endpoint = f"inproc://guarded-{next(_numbers)}"
+        socket.monitor(endpoint, _EVENTS)
+        events: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        events.rcvhwm = 100_000
+        events.connect(endpoint)
+        self._new.append((events, (ledger, on_event)))
+        self._waker.send(b"")
+        return ledger
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._woken, zmq.POLLIN)
+        patience: int | None = None
+        while not self._is_closing:
+            ready = dict(poller.poll(patience))
+            if ready.pop(self._woken, 0):
+                self._woken.recv()
+            while self._new:
+                events, watched = self._new.popleft()
+                self._watched[events] = watched
+                poller.register(events, zmq.POLLIN)
+            for events in ready:
+                if not self._heard(events):
+                    poller.unregister(events)
+            ledgers = [ledger for ledger, _ in self._watched.values() if not ledger.is_idle]
+            came = [ledger.look() for ledger in ledgers]
+            patience = _LOOK_MS if any(came) else _QUIET_MS if ledgers else None
+        for events in list(self._watched):
+            self._stop(events)
+        self._woken.close(linger=0)
+
+    def _heard(self, events: zmq.Socket[bytes]) -> bool:
+        """Take in what happened to a socket; False when it was closed."""
+        ledger, on_event = self._watched[events]
+        while events.poll(0):
+            event = parse_monitor_message(events.recv_multipart())
+            kind, handle = event["event"], event["value"]
+            if kind == zmq.EVENT_MONITOR_STOPPED:
+                self._stop(events)
+                return False
+            if kind & _OPENED:
+                ledger.opened(handle)
+            elif kind == zmq.EVENT_DISCONNECTED:
+                ledger.closed(handle)
+            on_event(kind)
+        return True
+
+    def _stop(self, events: zmq.Socket[bytes]) -> None:
+        ledger, _ = self._watched.pop(events)
+        ledger.close()
+        events.close(linger=0)
+
+    def close(self) -> None:
+        """Stop watching; the sockets stay."""
+        if self._is_closing:
+            return
+        self._is_closing = True
+        with contextlib.suppress(zmq.Again):  # it has seen that already
+            self._waker.send(b"", zmq.NOBLOCK)
+        self._thread.join()
+        self._waker.close(linger=0)
+
+
+def count_taken(ledger: Ledger, frame: zmq.Frame, nbytes: int) -> None:
+    """Tell the ledger of a message that was taken: one of its frames, and all their wire_bytes."""
+    try:
+        handle = int(frame.get("__fd"))
+    except zmq.ZMQError:
+        return  # of this process itself
+    if ledger.took(handle, nbytes):
+        ledger.name(handle, _key(frame))
+
+
+def _key(frame: zmq.Frame) -> str:
+    """Whom a frame is from; "" for the one whom this socket itself called."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+def wire_bytes(nbytes: int) -> int:
+    """What a frame of so many bytes takes in CURVE: flags and length, then MESSAGE, nonce, authenticator and flags."""
+    boxed = nbytes + 33
+    return boxed + (2 if boxed < 256 else 9)
