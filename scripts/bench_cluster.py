@@ -73,9 +73,9 @@ def prober(made: Home) -> Iterator[Prober]:
 
 
 def ask(probe: Prober, n_prompt: int, n_tokens: int, count: int = 1) -> tuple[Timed, ...]:
-    """Answers at the same time, of different prompts."""
+    """Answers at the same time, of different prompts; of several only what came when all had begun."""
     prompts = [np.random.default_rng(i).integers(100, 20_000, n_prompt).tolist() for i in range(count)]
-    return probe.run(prompts, n_tokens, lambda: None).answers
+    return probe.run(prompts, n_tokens, lambda: None, 3 * n_tokens if count > 1 else None).answers
 
 
 def decode_ms(times: list[float]) -> float:

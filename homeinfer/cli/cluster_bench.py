@@ -31,6 +31,8 @@ FORGET_SECONDS = 5.5
 """Longer than what a coordinator's shares look back."""
 LOOK_SECONDS = 4.0
 _MOST_TOKENS = 4096
+_MOST_TIMES = 32
+"""Of several answers the first has this many times the tokens that are timed, while the prompts of others are read."""
 _TEXT = (
     "The lighthouse keeper climbed the stairs every evening to light the lamp. From up there he could see the harbour, "
     "the islands and, on clear nights, the lights of the ships that passed far out. He wrote their names into a book, "
@@ -147,10 +149,11 @@ class _Bench:
     ) -> None:
         self._prober, self._text, self._n_tokens, self._steps = prober, text, n_tokens, steps
         self._on_progress = on_progress
-        self._number = self._done = 0
+        self._number = self._done = self._n_ctx = 0
         self._all = len(steps.prompts) * _TIMES + n_tokens * (sum(steps.at_once) + (steps.compared or (0, 0))[1])
 
     def run(self, status: ClusterStatus, plan: PlanReport | None) -> BenchResult:
+        self._n_ctx = status.n_ctx
         self._answers(16, 1, 2)  # what is slow only once
         firsts = tuple(self._first(n) for n in self._steps.prompts)
         seen = {
@@ -183,7 +186,9 @@ class _Bench:
     def _answers(self, prompt: int, at_once: int, n_tokens: int) -> Seen:
         prompts = [self._text(prompt, self._number + i) for i in range(at_once)]
         self._number += at_once
-        return self._prober.run(prompts, n_tokens, self._count)
+        room = self._n_ctx - prompt - 1
+        most = max(n_tokens, min(room, _MOST_TIMES * n_tokens)) if at_once > 1 else None
+        return self._prober.run(prompts, n_tokens, self._count, most)
 
     def _first(self, prompt: int) -> FirstToken:
         found = [self._answers(prompt, 1, 1).answers[0].ttft_ms]

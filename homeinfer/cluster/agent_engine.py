@@ -40,7 +40,7 @@ _BLIND_SECONDS = 0.25
 _HUGE_PAGES_BYTES = 1 << 30
 """A device with less memory free than this has none to waste on huge pages."""
 
-_GATHER_MS = 25.0
+_GATHER_MS = 40.0
 """Nobody reads faster than so."""
 _NO_MEMORY = ("no memory", "failed to allocate", "bad_alloc", "cannot allocate")
 

@@ -17,7 +17,7 @@ from homeinfer.engine.sampling import Sampling
 from homeinfer.errors import HomeinferError
 
 _LOOK_SECONDS = 0.5
-_SILENT_SECONDS = 120.0
+_SILENT_SECONDS, _REST_SECONDS = 120.0, 10.0
 
 
 class Timed(msgspec.Struct, frozen=True):
@@ -61,17 +61,31 @@ class Prober:
     def __init__(self, folder: Path) -> None:
         self._connection = Connection(folder)
 
-    def run(self, prompts: Sequence[Sequence[int]], n_tokens: int, on_token: Callable[[], None]) -> Seen:
-        """All prompts at once, n_tokens each, from an empty memory. Raises HomeinferError when the cluster can't."""
-        request = Request(Sampling(temperature=0), limit=n_tokens, fresh=True)
-        probe = _Probe([Telling(new_id(), prompt, request) for prompt in prompts], on_token)
+    def run(
+        self, prompts: Sequence[Sequence[int]], n_tokens: int, on_token: Callable[[], None], most: int | None = None
+    ) -> Seen:
+        """All prompts at once, from an empty memory, n_tokens each; with `most`, so many from when all answers have
+        begun, and at most that many of each in all. Raises HomeinferError when the cluster can't."""
+        request = Request(Sampling(temperature=0), limit=most or n_tokens, fresh=True)
+        tellings = [Telling(new_id(), prompt, request) for prompt in prompts]
+        probe = _Probe(tellings, None if most is None else n_tokens, on_token)
         try:
             self._follow(probe)
-        except BaseException:
+        finally:
             for telling in probe.open.values():
                 self._connection.send(CancelAnswer(telling.id))
-            raise
+        if probe.open:
+            self._rest()
         return probe.seen()
+
+    def _rest(self) -> None:
+        """Until what was cancelled is over: the next answer shall not wait for it."""
+        end = time.monotonic() + _REST_SECONDS
+        while time.monotonic() < end:
+            self._connection.send(Open())
+            message = self._connection.receive(0.1)
+            if isinstance(message, Status) and not message.status.answers:
+                return
 
     def _follow(self, probe: _Probe) -> None:
         for telling in list(probe.open.values()):
@@ -79,7 +93,7 @@ class Prober:
             if not self._connection.send(telling.ask()):
                 raise HomeinferError("the cluster on this machine is gone: homeinfer cluster up starts it again")
         looked = heard = time.monotonic()
-        while probe.open:
+        while not probe.is_enough:
             now = time.monotonic()
             if now - looked >= _LOOK_SECONDS:
                 looked = now
@@ -105,13 +119,22 @@ class Prober:
 class _Probe:
     """Answers under way."""
 
-    def __init__(self, tellings: Sequence[Telling], on_token: Callable[[], None]) -> None:
+    def __init__(self, tellings: Sequence[Telling], n_tokens: int | None, on_token: Callable[[], None]) -> None:
         self.open = {telling.id: telling for telling in tellings}
         self.asked: dict[str, float] = {}
         self.looks: list[tuple[DeviceStatus, ...]] = []
         self.notices: list[str] = []
         self._came: dict[str, list[float]] = {telling.id: [] for telling in tellings}
-        self._on_token = on_token
+        self._n_tokens, self._on_token = n_tokens, on_token
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether all answers have ended, or have their tokens."""
+        wanted = self._n_tokens
+        if not self.open or wanted is None or not all(self._came.values()):
+            return not self.open
+        counted = dict(zip(self._came, since_all_began(tuple(self._came.values())), strict=True))
+        return all(len(counted[id]) > wanted for id in self.open)
 
     def take(self, message: msgspec.Struct) -> None:
         now = time.perf_counter()
@@ -130,8 +153,20 @@ class _Probe:
                 raise HomeinferError("an answer ended before its first token: measure again")
 
     def seen(self) -> Seen:
-        answers = tuple(Timed(self.asked[id], tuple(came)) for id, came in self._came.items())
+        came: tuple[Sequence[float], ...] = tuple(self._came.values())
+        counted = came if self._n_tokens is None else since_all_began(came)
+        answers = tuple(
+            Timed(self.asked[id], tuple(some if len(some) > 1 else every))
+            for id, some, every in zip(self._came, counted, came, strict=True)
+        )
         return Seen(answers, tuple(self.looks), tuple(self.notices))
+
+
+def since_all_began(answers: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """Of answers with at least one token each, the times of those tokens that came when all had begun: until then they
+    wait for the prompts of others, or share with fewer."""
+    begun = max(times[0] for times in answers)
+    return tuple(tuple(when for when in times if when >= begun) for times in answers)
 
 
 def together_per_s(answers: Sequence[Timed]) -> float:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import zmq
+import zmq.asyncio
 
 from homeinfer.cluster.weights.fetch import Patience, fetch_tensors
 from homeinfer.cluster.weights.messages import MOST_PIECE_BYTES, Have, HaveNot, Want, answer_of, encode
 from homeinfer.cluster.weights.rate import RateLimit
 from homeinfer.cluster.weights.store import Store
 from homeinfer.cluster.wire.control import Source
+from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.secure import Secure, tcp_address
 from homeinfer.errors import HomeinferError
 from tests.cluster.weights_peers import SLOW, Model, assert_right, empty, full, peers, run, until
@@ -138,13 +141,24 @@ def test_who_waits_under_a_limit_goes_on_when_it_is_lifted() -> None:
     run(main())
 
 
+def never_read(context: zmq.asyncio.Context, keys: DeviceKeys, address: str, server_key: str) -> zmq.asyncio.Socket:
+    """A device's socket without homeinfer's own care: what nobody takes fills the network."""
+    socket: zmq.asyncio.Socket = context.socket(zmq.DEALER)
+    socket.curve_publickey, socket.curve_secretkey = keys.public.encode(), keys.secret.encode()
+    socket.curve_serverkey = server_key.encode()
+    socket.rcvhwm = 2
+    socket.connect(address)
+    return socket
+
+
 def test_a_device_that_asks_and_never_reads_costs_little_and_others_are_served(model: Model, tmp_path: Path) -> None:
     async def main() -> None:
         async with peers() as make:
             head = make("head", full(model, tmp_path / "a")).serve()
             greedy = make("greedy", Store(tmp_path / "greedy"))
             large = max(model.manifest.tensors, key=lambda t: t.nbytes)
-            socket = greedy.secure.dealer(tcp_address("127.0.0.1", head.port), head.keys.public, 2 << 20)
+            context = zmq.asyncio.Context()
+            socket = never_read(context, greedy.keys, tcp_address("127.0.0.1", head.port), head.keys.public)
             request = encode(Want(1, model.manifest.digest, 0, large.offset, MOST_PIECE_BYTES))
             desk = make("desk", empty(model, tmp_path / "desk"))
 
@@ -161,7 +175,7 @@ def test_a_device_that_asks_and_never_reads_costs_little_and_others_are_served(m
             assert psutil.Process().memory_info().rss - before < 200_000_000
             await fetch_tensors(desk.secure, desk.store, model.tensors, [head.source()], RateLimit())
             flooding.cancel()
-            socket.close(linger=0)
+            context.destroy(linger=0)
             assert_right(model, desk.store, model.tensors)
 
     run(main())

@@ -90,8 +90,8 @@ class Ledger:
         """No whole message is waiting: whoever takes them waits for the next."""
         self._is_empty = True
 
-    def look(self) -> bool:
-        """End the connections of those who have too much here. Whether anything came since it was called last."""
+    def look(self) -> int:
+        """End the connections of those who have too much here. The bytes that came since it was called last."""
         with self._lock:
             self._settle()
             before, self._came = self._came, 0
@@ -102,7 +102,7 @@ class Ledger:
                 held[connection.key] = held.get(connection.key, 0) + connection.held
                 if connection.held and held[connection.key] > self._most_held:
                     connection.end()
-            return self._came > before
+            return max(self._came - before, 0)
 
     def most_held_now(self) -> int:
         """Bytes that one connection had waiting when they were last looked at."""
@@ -113,6 +113,13 @@ class Ledger:
     def is_idle(self) -> bool:
         """Whether there is no connection to look at."""
         return not self._connections
+
+    @property
+    def has_young(self) -> bool:
+        """Whether a connection is no older than a handshake may take."""
+        with self._lock:
+            now = time.monotonic()
+            return any(now - each.since < HANDSHAKE_SECONDS for each in self._connections.values())
 
     def close(self) -> None:
         """Forget all connections."""
