@@ -3,14 +3,12 @@ connection, so that only one end has to be reached."""
 
 from __future__ import annotations
 
-import statistics
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any
 
-import numpy as np
 import zmq
 import zmq.auth.thread
 
@@ -19,7 +17,7 @@ from homeinfer.cluster.wire.guard import Guard, count_taken, wire_bytes
 from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.ledger import HANDSHAKE_SECONDS
 from homeinfer.errors import HomeinferError
-from homeinfer.profiling.hops import SWEEP_BYTES
+from homeinfer.profiling.hops import sweep_memory
 from homeinfer.profiling.link_probe import fitted
 
 _TRIPS = 12
@@ -46,7 +44,7 @@ def open_end(job: OpenEnd, say: Callable[[FromJob], None]) -> Closed:
     with closing(_End(zmq.ROUTER, job.own)) as end:
         end.bind(job.listen, job.allowed)
         say(Opened(int(end.socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])))
-        sweep = np.ones(SWEEP_BYTES // 8)
+        sweep = sweep_memory()
         try:
             for _ in range((_TRIPS + 1) * len(job.sizes) + 1):
                 sender, body = end.received(2)
@@ -66,8 +64,8 @@ def time_link(job: TimeLink) -> Timed:
         try:
             end.socket.curve_serverkey = job.server_key.encode()
             end.socket.connect(job.address)
-            sweep = np.ones(SWEEP_BYTES // 8)
-            times = [statistics.median(_trips_ms(end, sweep, size)) / 2 for size in job.sizes]
+            sweep = sweep_memory()
+            times = [_undisturbed(_trips_ms(end, sweep, size)) / 2 for size in job.sizes]
             end.socket.send(b"")  # that was all
         except zmq.ZMQError as problem:
             raise HomeinferError(f"{job.to} can't be reached at {job.address}: {problem.strerror}") from None
@@ -128,6 +126,11 @@ class _End:
             self._authenticator.stop()
         self._guard.close()
         self._context.term()
+
+
+def _undisturbed(times: Sequence[float]) -> float:
+    """The lower quartile: what else the two machines do makes some trips longer, and none shorter."""
+    return sorted(times)[len(times) // 4]
 
 
 def _trips_ms(end: _End, sweep: Any, nbytes: int) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from homeinfer.cluster.agent_work import working_bytes
 from homeinfer.cluster.wire.control import DeviceStats
 from homeinfer.profiling.machine import usable_memory
 
@@ -61,7 +62,7 @@ class Meter:
         return DeviceStats(
             memory_bytes=_memory(self._agent) + engine,
             engine_bytes=self._engine_share(),
-            available_bytes=usable_memory(),
+            available_bytes=usable_memory() + working_bytes(),
             total_bytes=self._total,
             stalled=self._stalled(),
             read_bytes=max(now.read_bytes - self._begin.read_bytes, 0),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Mapping
 
 import msgspec
+import psutil
 
 from homeinfer.cluster.agent_jobs import FromJob, Job, Opened, Result, Share, Unable
 from homeinfer.cluster.agent_tasks import to_the_end
@@ -22,10 +24,14 @@ _END_SECONDS = 5.0
 
 OnNote = Callable[[Share | Opened], None]
 
+_under_way: set[int] = set()
+"""Process ids."""
+
 
 async def work(job: Job, on_note: OnNote = lambda _note: None, environment: Mapping[str, str] = os.environ) -> Result:
     """Let a process do a job; cancelling ends it. Raises HomeinferError that says why it could not be done."""
     process = await start_module(_MODULE, environment, _MOST_LINE)
+    _under_way.add(process.pid)
     said: list[bytes] = []
     listening = asyncio.create_task(keep_last_lines(process, said))
     try:
@@ -38,7 +44,25 @@ async def work(job: Job, on_note: OnNote = lambda _note: None, environment: Mapp
         return result
     finally:
         await to_the_end(let_end(process, _END_SECONDS))
+        _under_way.discard(process.pid)
         listening.cancel()
+
+
+def working_bytes() -> int:
+    """Memory that the processes now at work, and those that they started, have for themselves and soon give back."""
+    found = 0
+    for pid in tuple(_under_way):
+        with contextlib.suppress(psutil.Error):
+            worker = psutil.Process(pid)
+            found += sum(_own_bytes(process) for process in (worker, *worker.children(recursive=True)))
+    return found
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        memory = process.memory_info()
+        return int(memory.rss - getattr(memory, "shared", 0))
+    return 0
 
 
 async def _followed(process: asyncio.subprocess.Process, on_note: OnNote) -> Result | None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from homeinfer.cluster.agent_jobs import FindHead, MeasureDevice, ModelHere, Opened, OpenEnd, Share
-from homeinfer.cluster.agent_work import work
+from homeinfer.cluster.agent_work import work, working_bytes
 from homeinfer.cluster.agent_worker import check_held, check_runs, without_holes
 from homeinfer.cluster.planning.kinds import layer_kinds, output_kind
 from homeinfer.cluster.planning.profile import Disk, KindTimes
@@ -70,7 +70,7 @@ def test_a_device_is_measured_and_its_links_are_timed(tmp_path: Path, monkeypatc
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
-def test_an_end_of_a_link_is_closed_to_others_and_ends_with_its_agent() -> None:
+def test_an_end_of_a_link_is_closed_to_others_ends_with_its_agent_and_its_memory_is_lent() -> None:
     async def test() -> None:
         opened: list[Share | Opened] = []
         own, other = (DeviceKeys(*new_keys()) for _ in range(2))
@@ -79,10 +79,12 @@ def test_an_end_of_a_link_is_closed_to_others_and_ends_with_its_agent() -> None:
         while not opened:
             await asyncio.sleep(0.02)
         (worker,) = set(psutil.Process().children()) - before
+        assert 5e6 < working_bytes() <= worker.memory_info().rss
         task.cancel()
         await asyncio.wait({task})
         assert task.cancelled()
         assert not worker.is_running()
+        assert working_bytes() == 0
 
     asyncio.run(asyncio.wait_for(test(), 30))
 

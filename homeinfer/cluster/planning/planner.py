@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -24,8 +25,9 @@ from homeinfer.model.header import Header
 _CONTEXT_STEP = 256
 _ADVICE_SIMULATIONS = 150
 _SMALLER_BATCHES = (256, 128, 64, 32)
-_WORTH_SMALLER = 0.9
-"""Halving the steps of prompts makes these slower, where layers are streamed by as much: worth it from here on."""
+_WORTH_SMALLER, _WORTH_READING_AGAIN = 0.9, 0.6
+"""Prompts in smaller steps are slower, by as much as the steps are smaller where layers are streamed for each of them:
+worth it from here on."""
 _AS_FAST = 1.25
 """Times of layers in memory and of mapped ones that are all in memory differ by less, unless something disturbed."""
 _RULES = {"prima": "prima.cpp's rule", "proportional": "by memory", "even": "even split"}
@@ -60,24 +62,39 @@ def plan_model(
     check_kinds(shape, usable, head)
     check_disks(shape, usable)
     demands = msgspec.structs.replace(constraints, head=head, forbidden=())
-    best: Planned | None = None
-    for n_batch in batch_sizes(workload.n_batch):
+    sizes = batch_sizes(workload.n_batch)
+
+    @functools.cache
+    def planned(n_batch: int) -> Planned:
         work = msgspec.structs.replace(workload, n_batch=n_batch)
-        problem = Problem(model_shape(header, work), usable, work, demands)
-        try:
-            found = _solved(problem, on_progress)
-        except HomeinferError:
-            if best is None and n_batch == batch_sizes(workload.n_batch)[-1]:
-                _refuse_context(header, problem)
-                raise
-            continue
-        if best is not None and found.value > _WORTH_SMALLER * best.value:
-            break
-        best = found
-        if not any(load.read_bytes for load in found.solution.prediction.loads):
-            break
-    assert best is not None
-    return best
+        return _solved(Problem(model_shape(header, work), usable, work, demands), on_progress)
+
+    largest = _or_none(planned, sizes[0])
+    if largest is not None and not reads(largest):
+        return largest
+    try:
+        smallest = planned(sizes[-1])
+    except HomeinferError:
+        work = msgspec.structs.replace(workload, n_batch=sizes[-1])
+        _refuse_context(header, Problem(model_shape(header, work), usable, work, demands))
+        raise
+    worth = _WORTH_READING_AGAIN if reads(smallest) else _WORTH_SMALLER
+    if largest is not None and smallest.value > worth * largest.value:
+        return largest
+    between = (_or_none(planned, n_batch) for n_batch in sizes[1:])
+    return next(each for each in between if each is not None and _WORTH_SMALLER * each.value <= smallest.value)
+
+
+def _or_none(planned: Callable[[int], Planned], n_batch: int) -> Planned | None:
+    try:
+        return planned(n_batch)
+    except HomeinferError:
+        return None
+
+
+def reads(planned: Planned) -> bool:
+    """Whether a plan reads weights from disk for each token."""
+    return any(load.read_bytes for load in planned.solution.prediction.loads)
 
 
 def _solved(problem: Problem, on_progress: Callable[[float], None] | None) -> Planned:
