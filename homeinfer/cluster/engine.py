@@ -38,6 +38,7 @@ from homeinfer.cluster.wire.transport import Links
 from homeinfer.engine.streaming import Streamer
 from homeinfer.engine.window import LayerWindow
 from homeinfer.errors import HomeinferError
+from homeinfer.memory import give_back
 
 _FRAME_SLACK = 1 << 20
 """Beside its rows a message has a header, and a grammar may be in it."""
@@ -118,6 +119,7 @@ def serve(supervisor: _Supervisor) -> NoReturn:
     threading.Thread(target=supervisor.obey, args=(setup.listen, ordered, links), daemon=True).start()
     threading.Thread(target=supervisor.beat, daemon=True).start()
     windows = load_windows(setup, supervisor)
+    give_back()
     gc.freeze()
     supervisor.say(Ready(windows[-1].n_vocab, all(w.can_shift for w in windows)))
     Device(setup, windows, links, ordered, lambda epoch: supervisor.say(Joined(epoch))).run()

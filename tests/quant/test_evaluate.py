@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -113,7 +114,15 @@ def refusal(*arguments: Any, **options: Any) -> str:
 
 
 def evaluators() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "homeinfer.quant.evaluator_process" in one.cmdline()]
+    alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in alive if "homeinfer.quant.evaluator_process" in command_of(one)]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Nothing when it has just ended."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def log_p_alone(path: Path, n_ctx: int, chunks: int) -> tuple[npt.NDArray[np.float64], list[int]]:
