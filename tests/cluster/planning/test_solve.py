@@ -62,7 +62,7 @@ def test_required_and_forbidden_devices_are_obeyed() -> None:
 
 
 @pytest.mark.parametrize("memory", [(0.35, 0.45), (2.0, 2.5)], ids=["short of memory", "with memory to spare"])
-@pytest.mark.parametrize("layers", [(7, 9), (24, 30)])
+@pytest.mark.parametrize("layers", [(9, 10), (24, 30)])
 def test_all_of_three_required_devices_take_part(layers: tuple[int, int], memory: tuple[float, float]) -> None:
     sizes = Sizes(devices=(3, 3), layers=layers, memory=memory)
     names = ("device0", "device1", "device2")
