@@ -176,6 +176,11 @@ class Answers:
             self._forget(entry)
         self._look_for_stuck(now)
 
+    def woke(self, now: float) -> None:
+        """This process itself stood still: nobody was silent meanwhile."""
+        for entry in self._entries.values():
+            entry.signs.last_heard = now
+
     def end(self, reason: str) -> None:
         """Nothing more is written, on purpose: whoever waits is told so."""
         self.halt()

@@ -306,6 +306,8 @@ class Coordinator:
             now = time.monotonic()
             if now - before > _LATE:
                 self._cluster = events.woke(self._cluster, now)
+                if self._head is not None:
+                    self._head.answers.woke(now)
             before = now
             self.apply(events.silent(self._cluster, now))
             if self._head is not None:

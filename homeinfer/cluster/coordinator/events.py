@@ -57,9 +57,13 @@ _MOST_FETCHES = 3
 def connected(cluster: Cluster, key: str, name: str, hello: Hello, host: str, connection: int, now: float) -> Outcome:
     """A registered device said hello. host: where others reach it."""
     before = cluster.get(name)
-    if before is None:
-        before = _given(cluster, DeviceView(name, key, is_head=name == cluster.head))
-        cluster = cluster.having(devices=(*cluster.devices, before))
+    if before is None or before.key != key:  # another device has its name now
+        others = tuple(device for device in cluster.devices if device.name != name)
+        new = DeviceView(name, key, is_head=name == cluster.head)
+        if before is not None:
+            new = msgspec.structs.replace(new, connection=before.connection, engine=before.engine)
+        before = _given(cluster, new)
+        cluster = cluster.having(devices=(*others, before))
     engine = _same_engine(before, hello.engine, host)
     losses = recent_losses(before.losses, now)
     pause = pause_after_losses(losses, now) if not before.is_alive else 0.0
@@ -139,7 +143,7 @@ def woke(cluster: Cluster, now: float) -> Cluster:
     """The coordinator itself was stopped for a while: what devices said meanwhile has yet to be read."""
     for device in cluster.devices:
         cluster = cluster.with_device(device.name, heard=now, moved=now)
-    return cluster
+    return cluster.having(probes=tuple(msgspec.structs.replace(probe, since=now) for probe in cluster.probes))
 
 
 def heard(cluster: Cluster, name: str, message: FromAgent, now: float) -> Outcome:
@@ -188,7 +192,7 @@ def _known(cluster: Cluster, device: DeviceView, message: Holds | Measured | Ech
                 share=None, fetch_failures=device.fetch_failures + 1 if failed else 0,
             )  # fmt: skip
             return _fetched_in_vain(told, name, now) if failed else Outcome(told)
-        case Measured() if message.digest == digest:
+        case Measured() if message.digest == digest and device.measuring and not device.is_given:
             return _measured(cluster, device, message.profile, now)
         case Echoing(number, port):
             return _echoing(cluster, device, number, port)

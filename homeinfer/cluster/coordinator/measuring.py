@@ -13,6 +13,8 @@ from homeinfer.cluster.wire.control import Echo, Know, Limit, Measure
 
 _PROBE_SECONDS = 30.0
 _MEASURE_SECONDS = 240.0
+_KNOW_SECONDS = 120.0
+"""Without a word of how far it is, while a device looks what it has of the model."""
 _AGAIN_SECONDS = 30.0
 """After so long a device that could not do something is asked once more."""
 FORGOTTEN = "it was forgotten"
@@ -39,7 +41,12 @@ def introduce(cluster: Cluster, now: float) -> Outcome:
                 continue  # it has nothing to serve yet
             cluster = cluster.with_device(device.name, knows=True, moved=now)
             commands.append(Tell(device.name, Know(cluster.model.manifest, source(head, ()))))
-        elif device.holds is not None and device.profile is None and not device.measuring:
+        elif device.holds is None:
+            if now - device.moved > _KNOW_SECONDS:
+                reason = "it does not say what it holds of the model"
+                cluster = cluster.with_device(device.name, problem=reason, moved=now, task="", share=None)
+                commands.append(Note(f"{device.name} is left out: {reason}"))
+        elif device.profile is None and not device.measuring:
             cluster = cluster.with_device(device.name, measuring=True, moved=now)
             commands.append(Tell(device.name, Measure(digest, cluster.options.fresh)))
         elif device.measuring and now - device.moved > _MEASURE_SECONDS:

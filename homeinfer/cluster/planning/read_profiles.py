@@ -125,6 +125,8 @@ def _check_device(name: str, device: DeviceProfile) -> None:
         raise HomeinferError(f"{name}: {called}: memory_bytes is 0, and must be more than 0; {_AGAIN}")
     seen: set[tuple[str, str, int]] = set()
     for times in device.times:
+        if times.gpu != 0 and times.place != "gpu":
+            raise HomeinferError(f"{name}: {called}: times of GPU {times.gpu} that are none of a GPU; {_AGAIN}")
         if times.place == "gpu" and not 0 <= times.gpu < len(device.gpus):
             raise HomeinferError(
                 f"{name}: {called}: times of GPU {times.gpu}, but the profile lists {len(device.gpus)}; {_AGAIN}"

@@ -44,6 +44,8 @@ class WeightsServer:
         try:
             while True:
                 self._take(frames_of(await self._socket.recv_multipart(copy=False)))
+                if answering.done():
+                    answering.result()  # what ended it is to be heard of
         finally:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)

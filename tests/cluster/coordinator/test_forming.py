@@ -11,6 +11,7 @@ from homeinfer.cluster.coordinator.planning import allows
 from homeinfer.cluster.coordinator.ring_plan import route_of
 from homeinfer.cluster.coordinator.show import device_status
 from homeinfer.cluster.coordinator.speed import Rates
+from homeinfer.cluster.coordinator.state import Probing
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.client import Order
 from homeinfer.engine.scheduler import MOST_REPLAYED
@@ -199,3 +200,44 @@ def test_the_head_is_reached_where_it_is_now() -> None:
     assert events.head_at(cluster, ("192.0.2.7", before)) == cluster
     assert events.head_at(cluster, ()) == cluster
     assert events.head_at(cluster, ("192.0.2.7", "192.0.2.8")).device(cluster.head).host == "192.0.2.7"
+
+
+def test_a_device_that_took_over_a_name_is_measured_itself() -> None:
+    world = running()
+    before = world.cluster.device("box")
+    hello = control.Hello(control.PROTOCOL, "1", "box", "10.0.0.9", weights_port=900)
+    world.devices["box"].end()
+    world.devices["box"].is_on = True
+    world.take(events.connected(world.cluster, "n" * 40, "box", hello, "10.0.0.9", 99, world.now))
+    after = world.cluster.device("box")
+    assert before.profile is not None
+    assert (after.key, after.profile) == ("n" * 40, None)
+    assert [device.name for device in world.cluster.devices].count("box") == 1
+    world.run(20)
+    assert world.ring() == set(NAMES)
+
+
+def test_what_nobody_asked_to_be_measured_counts_for_nothing() -> None:
+    world = running()
+    known = world.cluster.device("box").profile
+    assert known is not None
+    lie = control.Measured(world.cluster.model.manifest.digest, profile("box", 7))
+    world.take(events.heard(world.cluster, "box", lie, world.now))
+    assert world.cluster.device("box").profile == known
+
+
+def test_a_device_that_never_says_what_it_holds_keeps_nobody_waiting() -> None:
+    world = World(options(devices=2), NAMES)
+    world.devices["pad"].is_mute = True
+    world.turn_on("desk", "box", "pad")
+    world.run(130)
+    assert world.cluster.device("pad").problem == "it does not say what it holds of the model"
+    assert world.ring() == {"desk", "box"}
+
+
+def test_a_pause_of_the_head_is_no_silence_of_a_probe() -> None:
+    world = World(options(devices=2), NAMES[:2])
+    world.devices["box"].is_on = True
+    probing = Probing(1, "desk", "box", world.now)
+    cluster = world.cluster.having(probes=(probing,))
+    assert events.woke(cluster, world.now + 100).probes == (Probing(1, "desk", "box", world.now + 100),)

@@ -82,6 +82,7 @@ class FakeDevice:
         self.is_on = False
         self.is_hung = False
         self.is_walled = False
+        self.is_mute = False
         self.is_deaf_to_fetch = False
         self.measured = profile("whatever", network=False)
         self.part: Part | None = None
@@ -93,6 +94,8 @@ class FakeDevice:
 
     def hear(self, message: FromHead) -> None:
         self.heard.append(message)
+        if self.is_mute:
+            return
         match message:
             case control.Know():
                 self.says.append(control.Holds(DIGEST, tuple(sorted(self.holds)), 1 << 40))

@@ -79,6 +79,7 @@ def test_fields_deep_inside_are_named_with_their_path() -> None:
             "desk: times[0].place is wrong: invalid enum value",
         ),
         (lambda raw: device(raw)["times"][-1].update(gpu=3), "desk: times of GPU 3, but the profile lists 1"),
+        (lambda raw: device(raw)["times"][0].update(gpu=1), "desk: times of GPU 1 that are none of a GPU"),
         (lambda raw: device(raw)["times"].append(device(raw)["times"][0]), "desk: two times for one kind of layer"),
         (lambda raw: device(raw).update(name=""), "'' is no name for a device"),
         (lambda raw: device(raw).update(name="a\nb"), "'a\\nb' is no name for a device"),
