@@ -18,7 +18,7 @@ from homeinfer.model.header import read_header
 from homeinfer.quant.imatrix import check_matches, read_imatrix
 from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
-from tests.support.processes import wait_until
+from tests.support.processes import running, wait_until
 from tests.support.tiny_models import make_tiny_model
 
 HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "imatrix"]
@@ -128,7 +128,7 @@ def test_ctrl_c_leaves_nothing_behind(smollm2_path: Path, tmp_path: Path, temp_f
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         parent = psutil.Process(process.pid)
-        wait_until(lambda: any("homeinfer.quant.observer_process" in child.cmdline() for child in parent.children()))
+        wait_until(lambda: bool(running("homeinfer.quant.observer_process", parent.pid)))
         children = parent.children()
         time.sleep(1.5)
         os.killpg(process.pid, signal.SIGINT)

@@ -17,6 +17,7 @@ import pytest
 
 from homeinfer.quant.dynamic import DynamicResult
 from tests.quant.talking_model import write_talking_model, write_text
+from tests.support.processes import running
 
 HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "quantize"]
 
@@ -66,10 +67,7 @@ def test_a_size_gives_a_file_a_report_and_one_line_or_json(model: Path, text: Pa
 
 
 def children_of(process: subprocess.Popen[str], module: str) -> list[psutil.Process]:
-    try:
-        return [child for child in psutil.Process(process.pid).children() if module in child.cmdline()]
-    except psutil.NoSuchProcess:
-        return []
+    return running(module, process.pid)
 
 
 @pytest.mark.parametrize("stage", ["observer", "errors", "evaluator"])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import signal
@@ -20,6 +19,7 @@ from homeinfer.quant.quantize import QuantizeResult
 from homeinfer.quant.recipes import RECIPES
 from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
+from tests.support.processes import running
 from tests.support.tiny_models import make_tiny_model
 
 HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "quantize"]
@@ -261,8 +261,7 @@ def test_ctrl_c_before_anything_is_written_leaves_nothing_behind(
     started: list[psutil.Process] = []
 
     def has_started() -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            started[:] = [c for c in psutil.Process(process.pid).children() if child in c.cmdline()]
+        started[:] = running(child, process.pid)
         return bool(started)
 
     wait_until(has_started)

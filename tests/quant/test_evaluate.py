@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from homeinfer.model.header import read_header
 from homeinfer.quant.evaluate import evaluate, keep_logits, read_text
 from homeinfer.quant.logits_file import LogitsFile, is_logits_file
 from tests.quant.f16_model import write_f16_model
+from tests.support.processes import running
 from tests.support.tiny_models import make_tiny_model
 
 TEXT = "the hare and the tortoise ran a race, and the tortoise won it in the end; " * 20
@@ -114,15 +114,7 @@ def refusal(*arguments: Any, **options: Any) -> str:
 
 
 def evaluators() -> list[psutil.Process]:
-    alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
-    return [one for one in alive if "homeinfer.quant.evaluator_process" in command_of(one)]
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    """Nothing when it has just ended."""
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []
+    return running("homeinfer.quant.evaluator_process")
 
 
 def log_p_alone(path: Path, n_ctx: int, chunks: int) -> tuple[npt.NDArray[np.float64], list[int]]:

@@ -19,7 +19,7 @@ from homeinfer.quant.observe import Ints, Mode, Squares, observable, observe
 from homeinfer.quant.observer_process import observe_in_process, tokenize_in_process
 from tests.quant.f16_model import VOCAB, write_f16_model
 from tests.quant.recorded_inputs import Product, recorded_inputs
-from tests.support.processes import wait_until
+from tests.support.processes import running, wait_until
 from tests.support.tiny_models import make_tiny_model
 
 MIXTURES = ("qwen3moe", "gpt-oss", "deepseek2")
@@ -200,8 +200,7 @@ def test_a_model_that_llama_cpp_refuses_is_one_line(dense: Path, tmp_path: Path)
 
 
 def observers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "homeinfer.quant.observer_process" in child.cmdline()]
+    return running("homeinfer.quant.observer_process", recursive=True)
 
 
 def test_a_process_that_dies_is_one_line(dense: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pytest
 
 from homeinfer.engine import runtime
@@ -18,6 +17,7 @@ from homeinfer.model.header import read_header
 from homeinfer.quant.quantize import Progress, quantize
 from homeinfer.quant.recipes import dq3_k_m
 from tests.quant.f16_model import VOCAB, write_f16_model
+from tests.support.processes import running
 
 LLAMA_CPP_ALONE = """
 import ctypes, sys
@@ -263,9 +263,8 @@ def test_killed_quantizer_leaves_nothing_behind(source: Path, tmp_path: Path) ->
 
     def kill(_: Progress) -> None:
         assert len(names(tmp_path)) == 1
-        for child in psutil.Process().children():
-            if "homeinfer.quant.worker" in child.cmdline():
-                child.kill()
+        for worker in running("homeinfer.quant.worker"):
+            worker.kill()
 
     with pytest.raises(HomeinferError, match="the quantizer was killed"):
         quantize(source, tmp_path / "small.gguf", "Q4_K_M", on_progress=kill)
@@ -283,4 +282,4 @@ def test_failure_of_the_caller_ends_the_quantizer(source: Path, tmp_path: Path) 
         quantize(source, tmp_path / "small.gguf", "Q4_K_M", force=True, on_progress=give_up)
     assert (tmp_path / "small.gguf").read_text() == "older"
     assert names(tmp_path) == ["small.gguf"]
-    assert not any("homeinfer.quant.worker" in child.cmdline() for child in psutil.Process().children())
+    assert not running("homeinfer.quant.worker")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -14,9 +15,19 @@ ENDLESS = ("-p", "1, 2, 3, 4, 5, 6,", "--raw", "--temp", "0", "-n", "4000")
 
 def engines(pid: int | None = None) -> list[psutil.Process]:
     """The engine processes that this process, or the one with this pid, has started, in that order."""
-    children = psutil.Process(os.getpid() if pid is None else pid).children()
-    found = [c for c in children if c.status() != psutil.STATUS_ZOMBIE and "homeinfer.cluster.engine" in c.cmdline()]
-    return sorted(found, key=lambda child: (child.create_time(), child.pid))
+    return sorted(running("homeinfer.cluster.engine", pid), key=lambda child: (child.create_time(), child.pid))
+
+
+def running(module: str, pid: int | None = None, *, recursive: bool = False) -> list[psutil.Process]:
+    """The processes running a module that this process, or the one with this pid, has started; none that has just
+    ended."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(os.getpid() if pid is None else pid).children(recursive=recursive):
+            with contextlib.suppress(psutil.Error):
+                if module in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+    return found
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:

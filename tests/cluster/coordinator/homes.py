@@ -28,6 +28,7 @@ from homeinfer.cluster.wire.keys import own_keys
 from homeinfer.engine.generate import Request
 from homeinfer.engine.sampling import Sampling
 from homeinfer.model.header import read_header
+from tests.support.processes import running
 from tests.support.profiles import Machine, device_of
 
 N_CTX = 256
@@ -173,12 +174,7 @@ class TestCluster:
 
 def processes(root: int, module: str) -> list[psutil.Process]:
     """Those below a process that run a module."""
-    found = []
-    for child in psutil.Process(root).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if module in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
-                found.append(child)
-    return found
+    return running(module, root, recursive=True)
 
 
 @contextlib.contextmanager
