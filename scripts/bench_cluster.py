@@ -181,7 +181,7 @@ def mem550(model: Path, testbed: Path, rounds: int) -> dict[str, object]:
 
 def prefill(model: Path, testbed: Path, rounds: int) -> dict[str, object]:
     """2,048 tokens on three devices with a share of a core each, against llama.cpp on one with such a share. It takes
-    minutes: llama.cpp alone reads 25 tokens per second."""
+    minutes."""
     with home(HomeOptions(("none",) * 4, cpus=0.5), testbed) as made:
         made.count = 3
         status = bring_up(made, model, "--ctx", "4096", "--threads", "1", "--objective", "ttft")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 
 from homeinfer.cluster.agent_work import working_bytes
 from homeinfer.cluster.wire.control import DeviceStats
+from homeinfer.folders import free_bytes
 from homeinfer.profiling.machine import usable_memory
 
 _SLOW_SECONDS = 5.0
@@ -101,17 +101,8 @@ class Meter:
     def _disk_free(self) -> int:
         now = time.monotonic()
         if self._slow is None or now - self._slow[0] > _SLOW_SECONDS:
-            self._slow = now, disk_free(self._folder)
+            self._slow = now, free_bytes(self._folder)
         return self._slow[1]
-
-
-def disk_free(folder: Path) -> int:
-    """Room on the disk that a folder is on, or would be."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    with contextlib.suppress(OSError):
-        return shutil.disk_usage(folder).free
-    return 0
 
 
 def _memory(process: psutil.Process | None) -> int:

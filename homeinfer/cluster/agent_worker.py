@@ -37,6 +37,7 @@ from homeinfer.cluster.agent_jobs import (
 from homeinfer.cluster.agent_windows import remove_unused
 from homeinfer.cluster.wire.control import EngineOptions, WindowRun
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import free_bytes
 
 if TYPE_CHECKING:
     from homeinfer.engine.window_spec import WindowSpec
@@ -92,7 +93,7 @@ def make_room(job: Cut, header: Header, edges: tuple[tuple[int, int], ...], miss
     from homeinfer.model.window_file import window_path
 
     folder = Path(job.folder)
-    if missing and room.free_bytes(folder) < missing + room.RESERVE_BYTES:
+    if missing and free_bytes(folder) < missing + room.RESERVE_BYTES:
         needed = [str(window_path(header, first, last, folder)) for first, last in edges]
         remove_unused(folder, needed, kept=1)
         room.make_room(Path(job.model.weights) / "models", missing)

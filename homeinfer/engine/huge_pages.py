@@ -1,7 +1,6 @@
-"""Huge pages for weights: with 4 kB pages a decode step spends several percent of its time looking addresses up.
+"""Huge pages for weights, where addresses are looked up faster (runtime.engine_environment says by how much).
 
-Only large blocks of memory, so that a device short of memory loses at most one huge page (2 MB) for each of them;
-malloc asked for huge pages everywhere (runtime.engine_environment) takes tens of megabytes more.
+Only whole huge pages inside large blocks of memory, so that a device short of memory loses nothing by it.
 """
 
 from __future__ import annotations

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from homeinfer.cluster.coordinator.options import ClusterOptions
-from tests.cluster.coordinator.homes import TestCluster, cluster, profile
+from tests.cluster.coordinator.homes import TestCluster, desk_and_box
 from tests.support.reference import agreement, references
 
 LIMIT = 30
@@ -18,29 +15,8 @@ LIMIT = 30
 
 @pytest.fixture
 def twice(smollm2_path: Path) -> Iterator[TestCluster]:
-    folder = Path(tempfile.mkdtemp(prefix="hi-test-"))
-    options = ClusterOptions(
-        model=str(smollm2_path),
-        name="desk",
-        host="127.0.0.1",
-        devices=2,
-        rounds=2,
-        required=("box",),
-        n_ctx=256,
-        threads=1,
-        n_batch=64,
-        profiles=(profile(smollm2_path, "desk"), profile(smollm2_path, "box")),
-        announces=False,
-        opens_code=False,
-    )
-    try:
-        with cluster(folder, options) as made:
-            made.up()
-            made.join("box")
-            made.ready(2)
-            yield made
-    finally:
-        shutil.rmtree(folder)
+    with desk_and_box(smollm2_path, rounds=2, required=("box",)) as made:
+        yield made
 
 
 def test_two_devices_in_two_rounds_answer_as_llama_cpp_does(twice: TestCluster, smollm2_path: Path) -> None:

@@ -10,20 +10,11 @@ from pathlib import Path
 from typing import IO, Final
 
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import free_bytes
 
 RESERVE_BYTES: Final = 256 << 20
 """What weights leave free on a disk for everything else."""
 _LOCK: Final = "lock"
-
-
-def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder is on, or will be."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0
 
 
 def too_little_room(folder: Path, needed: int) -> HomeinferError:

@@ -13,11 +13,12 @@ from homeinfer.cluster.weights.digests import FileDigests
 from homeinfer.cluster.weights.find import find_model
 from homeinfer.cluster.weights.manifest import check_manifest, digests_folder, needed_tensors
 from homeinfer.cluster.weights.own_file import OwnFile
-from homeinfer.cluster.weights.room import free_bytes, make_room
+from homeinfer.cluster.weights.room import make_room
 from homeinfer.cluster.weights.shares import Shares
 from homeinfer.cluster.weights.sparse_copy import SparseCopy
 from homeinfer.cluster.wire.control import Manifest
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import free_bytes
 from homeinfer.model.header import Header, printable, read_header
 
 if TYPE_CHECKING:

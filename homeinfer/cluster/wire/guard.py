@@ -19,7 +19,7 @@ from homeinfer.cluster.wire.ledger import Ledger
 _LOOK_MS, _QUIET_MS = 100, 250
 """What comes within this time may go beyond a bound, 12 MB at a gigabit per second; longer where it was quiet."""
 _QUIET_BYTES = 1 << 20
-"""An answer's tokens are quiet: looking costs 0.1 ms of the processor that computes the next one."""
+"""An answer's tokens are quiet: looking takes time of the processor that computes the next one."""
 _OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
 _EVENTS = _OPENED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 _numbers: Iterator[int] = count()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,3 +200,29 @@ def cluster(folder: Path, options: ClusterOptions) -> Iterator[TestCluster]:
             for process in left:
                 process.kill()
         assert not left, left
+
+
+@contextlib.contextmanager
+def desk_and_box(model: Path, box_rate: float = 10e9, **changes: object) -> Iterator[TestCluster]:
+    """A head and a device that serve, in a folder of their own. changes: of the options."""
+    folder = Path(tempfile.mkdtemp(prefix="hi-test-"))
+    options = ClusterOptions(
+        model=str(model),
+        name="desk",
+        host="127.0.0.1",
+        devices=2,
+        n_ctx=256,
+        threads=1,
+        n_batch=64,
+        profiles=(profile(model, "desk"), profile(model, "box", rate=box_rate)),
+        announces=False,
+        opens_code=False,
+    )
+    try:
+        with cluster(folder, msgspec.structs.replace(options, **changes)) as made:
+            made.up()
+            made.join("box")
+            made.ready(2)
+            yield made
+    finally:
+        shutil.rmtree(folder)

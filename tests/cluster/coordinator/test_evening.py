@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,13 +13,12 @@ import pytest
 from homeinfer.cluster import pairing
 from homeinfer.cluster.agent_options import AgentOptions, AgentStart
 from homeinfer.cluster.client import ClusterClient, ClusterTeller
-from homeinfer.cluster.coordinator.options import ClusterOptions
 from homeinfer.cluster.wire.codes import decode_code
 from homeinfer.cluster.wire.keys import own_keys
 from homeinfer.engine.generate import Request
 from homeinfer.engine.sampling import Sampling
 from homeinfer.errors import HomeinferError
-from tests.cluster.coordinator.homes import GREEDY, Home, TestCluster, cluster, processes, profile
+from tests.cluster.coordinator.homes import GREEDY, Home, TestCluster, desk_and_box, processes
 from tests.support.reference import Reference, agreement, references
 
 LIMIT, BEFORE = 60, 12
@@ -37,28 +34,8 @@ def expected(smollm2_path: Path) -> Reference:
 @pytest.fixture(scope="module")
 def pair(smollm2_path: Path) -> Iterator[TestCluster]:
     """A head, and a faster box that gets most layers. Each test leaves both of them ready."""
-    folder = Path(tempfile.mkdtemp(prefix="hi-test-"))
-    options = ClusterOptions(
-        model=str(smollm2_path),
-        name="desk",
-        host="127.0.0.1",
-        devices=2,
-        n_ctx=256,
-        sequences=2,
-        threads=1,
-        n_batch=64,
-        profiles=(profile(smollm2_path, "desk"), profile(smollm2_path, "box", rate=20e9)),
-        announces=False,
-        opens_code=False,
-    )
-    try:
-        with cluster(folder, options) as made:
-            made.up()
-            made.join("box")
-            made.ready(2)
-            yield made
-    finally:
-        shutil.rmtree(folder)
+    with desk_and_box(smollm2_path, box_rate=20e9, sequences=2) as made:
+        yield made
 
 
 def interrupted(made: TestCluster, expected: Reference, strike: Callable[[], None]) -> list[str]:

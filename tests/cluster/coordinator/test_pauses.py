@@ -6,7 +6,7 @@ from homeinfer.cluster.coordinator import events
 from homeinfer.cluster.coordinator.planning import planned
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.client import Order
-from tests.cluster.coordinator.world import LAYERS, NAMES, World, even_plan, running
+from tests.cluster.coordinator.world import LAYERS, NAMES, World, back_in_mid_answer, even_plan, running
 
 
 def test_a_user_may_have_it_planned_anew_in_the_middle_of_an_answer() -> None:
@@ -24,11 +24,7 @@ def test_a_user_may_have_it_planned_anew_in_the_middle_of_an_answer() -> None:
 
 
 def test_a_device_that_returns_waits_for_a_pause_between_answers() -> None:
-    world = running()
-    world.devices["box"].end()
-    world.run(control.LOST_SECONDS + 3)
-    world.cluster = events.busy(world.cluster, 1).cluster
-    world.turn_on("box")
+    world = back_in_mid_answer("box")
     world.run(10)
     assert world.ring() == {"desk", "pad"}
     world.cluster = events.busy(world.cluster, 0).cluster
@@ -37,11 +33,7 @@ def test_a_device_that_returns_waits_for_a_pause_between_answers() -> None:
 
 
 def test_a_better_plan_outlives_a_crash_of_the_present_one() -> None:
-    world = running()
-    world.devices["box"].end()
-    world.run(control.LOST_SECONDS + 3)
-    world.cluster = events.busy(world.cluster, 1).cluster
-    world.turn_on("box")
+    world = back_in_mid_answer("box")
     world.run(3)
     world.devices["pad"].crash()
     world.run(2)
@@ -75,11 +67,7 @@ def test_weights_move_slowly_while_an_answer_is_written() -> None:
 def planned_while_it_is_joined_again(least: int) -> World:
     """A device comes back while an answer is written; what the planner says of it comes when the ring has just
     broken."""
-    world = running()
-    world.devices["box"].end()
-    world.run(control.LOST_SECONDS + 3)
-    world.cluster = events.busy(world.cluster, 1).cluster
-    world.turn_on("box")
+    world = back_in_mid_answer("box")
     world.is_planning_slow = True
     world.run(5)
     (asked,) = world.plans

@@ -5,14 +5,13 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from homeinfer.cluster.coordinator import events
 from homeinfer.cluster.coordinator.show import disk_share, streamed_layers, waits_for, why_idle
 from homeinfer.cluster.coordinator.speed import Rates
 from homeinfer.cluster.coordinator.state import Cluster
 from homeinfer.cluster.planning.plan import Cause
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.wire import control
-from tests.cluster.coordinator.world import NAMES, World, options, running
+from tests.cluster.coordinator.world import NAMES, World, back_in_mid_answer, options, running
 
 
 def streaming(read_bytes: int) -> PlanReport:
@@ -68,11 +67,7 @@ def idle(cluster: Cluster, name: str) -> str:
 
 
 def test_a_device_that_came_later_says_why_it_does_nothing_or_when_it_will() -> None:
-    world = running()
-    world.devices["box"].end()
-    world.run(control.LOST_SECONDS + 3)
-    world.cluster = events.busy(world.cluster, 1).cluster
-    world.turn_on("box")
+    world = back_in_mid_answer("box")
     world.run(10)
     assert idle(world.cluster, "box") == "it comes in at the next pause between answers"
     assert idle(world.cluster, "pad") == ""

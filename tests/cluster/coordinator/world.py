@@ -238,6 +238,16 @@ def options(**changes: object) -> ClusterOptions:
     return msgspec.structs.replace(ClusterOptions("m.gguf"), **changes)
 
 
+def back_in_mid_answer(name: str) -> World:
+    """Three devices of which one was gone, and is there again while an answer is written by the others."""
+    world = running()
+    world.devices[name].end()
+    world.run(control.LOST_SECONDS + 3)
+    world.cluster = events.busy(world.cluster, 1).cluster
+    world.turn_on(name)
+    return world
+
+
 def running(**changes: object) -> World:
     """Three devices that serve."""
     world = World(options(devices=3, **changes), NAMES)
