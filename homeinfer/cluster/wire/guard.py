@@ -79,9 +79,7 @@ class Guard:
             ready = dict(poller.poll(patience))
             if ready.pop(self._woken, 0):
                 self._woken.recv()
-            while self._new:
-                events, watched = self._new.popleft()
-                self._watched[events] = watched
+            for events in self._taken_in():
                 poller.register(events, zmq.POLLIN)
             for events in ready:
                 if not self._heard(events):
@@ -90,9 +88,20 @@ class Guard:
             came = max((ledger.look() for ledger in ledgers), default=0)
             is_quiet = came < _QUIET_BYTES and not any(ledger.has_young for ledger in ledgers)
             patience = None if not ledgers else _QUIET_MS if is_quiet else _LOOK_MS
+        # a socket made just before close(): left open, its events would keep the context from ending for ever
+        self._taken_in()
         for events in list(self._watched):
             self._stop(events)
         self._woken.close(linger=0)
+
+    def _taken_in(self) -> list[zmq.Socket[bytes]]:
+        """The sockets' events that are watched from now on."""
+        new = []
+        while self._new:
+            events, watched = self._new.popleft()
+            self._watched[events] = watched
+            new.append(events)
+        return new
 
     def _heard(self, events: zmq.Socket[bytes]) -> bool:
         """Take in what happened to a socket; False when it was closed."""
