@@ -94,15 +94,17 @@ def budget_of_devices(header: Header, devices: Sequence[Device]) -> Budget:
 
     Each device gives its memory without HEADROOM, PROCESS_BYTES and compute buffers; the KV cache of all layers is
     taken off the sum. Layers are handed out in order and whole, so a device may stay empty by almost one layer: with
-    n devices n - 1 of the heaviest layer (its share of the source's bytes by LAYER_SPREAD) are left out. Embedding
-    and output stay together on the largest device. Devices that would lower the limit so are not counted.
+    n devices n - 1 of the heaviest layer (its share of the source's bytes by LAYER_SPREAD) are left out, and the caches
+    of n - 1 layers. Embedding and output stay together on the largest device. Devices that would lower the limit so
+    are not counted.
     """
     room = sorted((_room(header, device) for device in devices), reverse=True)
     cache = kv_cache_bytes(header, FIT_CONTEXT)
     layers = [layer.nbytes / max(header.nbytes, 1) for layer in layer_weights(header)]
     heaviest = LAYER_SPREAD * max(layers, default=0.0)
     ends = max(1.0 - sum(layers), 0.0)
-    limit = max(int((sum(room[:count]) - cache) / (1 + (count - 1) * heaviest)) for count in range(1, len(room) + 1))
+    each = cache / max(len(layers), 1)
+    limit = max(int((sum(room[: more + 1]) - cache - more * each) / (1 + more * heaviest)) for more in range(len(room)))
     if ends > 0 and len(room) > 1:
         limit = min(limit, int(room[0] / ends))
     memory = sum(device.memory_bytes for device in devices)
