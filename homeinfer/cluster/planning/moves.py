@@ -115,7 +115,7 @@ class Moves:
             for first in dict.fromkeys(max(end - rounds * step, 1) for step in _STEPS):
                 owners = one_round[:first] + bytes([slot]) * (end - first) + one_round[end:]
                 cut = with_rounds(State(owners, state.places), rounds, self._table)
-                if cut is not None:
+                if cut is not None and slot in cut.owners:  # with_rounds leaves out those with too few layers
                     yield Proposal(cut.owners, cut.places, tuple(dict.fromkeys(cut.owners)))
 
     def transplants(self, state: State) -> Iterator[Proposal]:
@@ -131,6 +131,25 @@ class Moves:
                         moved = rest[:at] + bytes([slot]) * step + rest[at:]
                         yield Proposal(moved, texts[:at] + places[first : first + step] + texts[at:], ())
                         yield Proposal(moved, places, tuple(dict.fromkeys(owners)))
+
+    def passes(self, state: State) -> Iterator[Proposal]:
+        """Some of a window's layers given to one further away, all between shifted: past those that are full."""
+        windows = state.windows()
+        for giver, (_, first, last) in enumerate(windows):
+            for taker in range(len(windows)):
+                if abs(giver - taker) < 2 or windows[giver][0] == windows[taker][0]:
+                    continue
+                low, high = min(giver, taker), max(giver, taker) + 1
+                begin, end = windows[low][1], windows[high - 1][2]
+                for step in (1, 2, 4, 8):
+                    if step >= last - first:
+                        break
+                    lengths = [end - begin for _, begin, end in windows[low:high]]
+                    lengths[giver - low] -= step
+                    lengths[taker - low] += step
+                    between = b"".join(bytes([w[0]]) * n for w, n in zip(windows[low:high], lengths, strict=True))
+                    owners = state.owners[:begin] + between + state.owners[end:]
+                    yield Proposal(owners, state.places, tuple(dict.fromkeys(between)))
 
     def places(self, state: State) -> Iterator[Proposal]:
         """A run of one place made longer or shorter, cut in two by another place, or filled anew."""

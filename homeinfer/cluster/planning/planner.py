@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 
 import msgspec
 
 from homeinfer.cluster.planning.advice import advise
 from homeinfer.cluster.planning.baselines import BASELINES, baseline
+from homeinfer.cluster.planning.batch_choice import batch_sizes, best_where_room_matters, best_where_steps_matter
 from homeinfer.cluster.planning.model_shape import model_shape
 from homeinfer.cluster.planning.plan import Constraints, Prediction, Ring, Workload
 from homeinfer.cluster.planning.problem import Problem
@@ -18,16 +18,12 @@ from homeinfer.cluster.planning.quick import adapted_value, has_plan
 from homeinfer.cluster.planning.report import Advice, Compared, PlannedModel, PlanReport, plan_report
 from homeinfer.cluster.planning.shape import ModelShape
 from homeinfer.cluster.planning.simulate import Simulator
-from homeinfer.cluster.planning.solve import Solution, solve
+from homeinfer.cluster.planning.solve import Solution, solve, solve_again
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header
 
 _CONTEXT_STEP = 256
 _ADVICE_SIMULATIONS = 150
-_SMALLER_BATCHES = (256, 128, 64, 32)
-_WORTH_SMALLER, _WORTH_READING_AGAIN = 0.9, 0.6
-"""Prompts in smaller steps are slower, by as much as the steps are smaller where layers are streamed for each of them:
-worth it from here on."""
 _AS_FAST = 1.25
 """Times of layers in memory and of mapped ones that are all in memory differ by less, unless something disturbed."""
 _RULES = {"prima": "prima.cpp's rule", "proportional": "by memory", "even": "even split"}
@@ -40,6 +36,11 @@ class Planned(msgspec.Struct, frozen=True):
     problem: Problem
     solution: Solution
     value: float
+
+    @property
+    def ttft_ms(self) -> float:
+        """Milliseconds to the first token."""
+        return self.solution.prediction.ttft_ms
 
 
 def plan_model(
@@ -64,41 +65,29 @@ def plan_model(
     demands = msgspec.structs.replace(constraints, head=head, forbidden=())
     sizes = batch_sizes(workload.n_batch)
 
-    @functools.cache
-    def planned(n_batch: int) -> Planned:
+    def problem_of(n_batch: int) -> Problem:
         work = msgspec.structs.replace(workload, n_batch=n_batch)
-        return _solved(Problem(model_shape(header, work), usable, work, demands), on_progress)
+        return Problem(model_shape(header, work), usable, work, demands)
 
-    largest = _or_none(planned, sizes[0])
-    if largest is not None and not reads(largest):
-        return largest
-    try:
-        smallest = planned(sizes[-1])
-    except HomeinferError:
-        work = msgspec.structs.replace(workload, n_batch=sizes[-1])
-        _refuse_context(header, Problem(model_shape(header, work), usable, work, demands))
-        raise
-    worth = _WORTH_READING_AGAIN if reads(smallest) else _WORTH_SMALLER
-    if largest is not None and smallest.value > worth * largest.value:
-        return largest
-    between = (_or_none(planned, n_batch) for n_batch in sizes[1:])
-    return next(each for each in between if each is not None and _WORTH_SMALLER * each.value <= smallest.value)
+    def solved(n_batch: int) -> Planned | None:
+        problem = problem_of(n_batch)
+        try:
+            return resident_where_it_fits(problem, solve(problem, on_progress))
+        except HomeinferError:
+            if n_batch > sizes[-1]:
+                return None
+            _refuse_context(header, problem)
+            raise
 
+    def again(n_batch: int, planned: Planned, limit: float) -> Planned | None:
+        problem = problem_of(n_batch)
+        found = solve_again(problem, planned.solution.ring, limit)
+        return None if found is None else resident_where_it_fits(problem, found)
 
-def _or_none(planned: Callable[[int], Planned], n_batch: int) -> Planned | None:
-    try:
-        return planned(n_batch)
-    except HomeinferError:
-        return None
-
-
-def reads(planned: Planned) -> bool:
-    """Whether a plan reads weights from disk for each token."""
-    return any(load.read_bytes for load in planned.solution.prediction.loads)
-
-
-def _solved(problem: Problem, on_progress: Callable[[float], None] | None) -> Planned:
-    return resident_where_it_fits(problem, solve(problem, on_progress))
+    best_of = best_where_steps_matter if workload.objective == "ttft" else best_where_room_matters
+    found = best_of(sizes, solved, again)
+    assert found is not None  # where the smallest steps have no plan, that was said
+    return found
 
 
 def resident_where_it_fits(problem: Problem, solution: Solution) -> Planned:
@@ -120,12 +109,6 @@ def resident_where_it_fits(problem: Problem, solution: Solution) -> Planned:
         return Planned(problem, solution, value)
     changed = msgspec.structs.replace(solution, ring=ring, prediction=simulator.predict(ring))
     return Planned(problem, changed, resident)
-
-
-def batch_sizes(most: int) -> tuple[int, ...]:
-    """Tokens of a prompt in one step, from the most that is wanted down: fewer need less memory for intermediate
-    results, which layers may be worth more."""
-    return (most, *(n for n in _SMALLER_BATCHES if n < most))
 
 
 def _refuse_context(header: Header, problem: Problem) -> None:

@@ -10,7 +10,7 @@ from homeinfer.cluster.planning.problem import Problem
 from homeinfer.cluster.planning.simulate import Simulator
 from homeinfer.cluster.planning.solve_fill import ORDERS, Filler
 from homeinfer.cluster.planning.solve_search import Judge, descend
-from homeinfer.cluster.planning.solve_state import to_state
+from homeinfer.cluster.planning.solve_state import State, to_state
 from homeinfer.cluster.planning.solve_table import Table
 from homeinfer.cluster.planning.start_all import starts
 from homeinfer.errors import HomeinferError
@@ -31,12 +31,23 @@ def adapted_value(problem: Problem, ring: Ring, simulations: int) -> float:
         table = Table(problem, simulator)
     except HomeinferError:
         return math.inf
-    filler, judge = Filler(problem, table.slots, table.memory), Judge(table, simulator, simulations)
+    judge, filler = Judge(table, simulator, simulations), Filler(problem, table.slots, table.memory)
+    return adapted(judge, filler, ring, starts_too=True)[0]
+
+
+def adapted(judge: Judge, filler: Filler, ring: Ring, *, starts_too: bool) -> tuple[float, State | None]:
+    """The same with the plan itself, as far as the judge's effort goes; (math.inf, None) where there is none.
+
+    starts_too: looks at starts of the search even if the plan can be with its layers placed anew.
+    """
+    table = judge.table
     state = to_state(ring, table.slots, table.names)
     filled = (filler.filled(state, dict.fromkeys(state.owners), order) for order in ORDERS)
-    again = (state, *(one for one in filled if one is not None), *islice(starts(table, filler), _MOST_STARTS))
-    best = judge.best_of(again, math.inf)
-    return math.inf if best is None else descend(judge, filler, best[1])[0]
+    again = (state, *(one for one in filled if one is not None))
+    best = None if starts_too else judge.best_of(again, math.inf)
+    if best is None:
+        best = judge.best_of((*again, *islice(starts(table, filler), _MOST_STARTS)), math.inf)
+    return (math.inf, None) if best is None else descend(judge, filler, best[1])
 
 
 def has_plan(problem: Problem, *, in_memory: bool = False) -> bool:

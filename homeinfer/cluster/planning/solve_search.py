@@ -13,8 +13,10 @@ from homeinfer.cluster.planning.solve_state import State, may_cut, to_ring
 from homeinfer.cluster.planning.solve_table import Table
 
 _CHUNK = 16
-_COST, _STREAMED_COST, _BOUND_COST, _LEAST_COST, _EXPAND_COST = 10, 100, 10, 2, 60
-"""Effort of a simulation without and with streaming, of bounds, of filling a proposal: about 10 microseconds each."""
+_COST, _STREAMED_COST, _BOUND_COST, _LEAST_COST, _FILL_COST = 10, 100, 10, 2, 60
+"""Effort of a simulation without and with streaming, of bounds, of filling a proposal: about 5 microseconds each."""
+_PROMPT_COST = 5
+"""A prompt in chunks of each size takes so many times as long to simulate as a token."""
 LEAST_GAIN = 1e-7
 """A plan is better than another one when it is faster by more than this share."""
 
@@ -28,9 +30,10 @@ class Judge:
     def __init__(self, table: Table, simulator: Simulator, most: int) -> None:
         self.table, self._simulator = table, simulator
         self._known: dict[State, float] = {}
-        self._roughly: dict[State, float] = {}
+        self._roughly: dict[tuple[State, int], float] = {}
         self.is_rough = False
         self.left = most
+        self._simulation = _PROMPT_COST if table.problem.workload.objective == "ttft" else 1
 
     def ring(self, state: State) -> Ring:
         return to_ring(state, self.table.slots, self.table.names)
@@ -40,17 +43,18 @@ class Judge:
         return self._rough_value(state) if self.is_rough else self._value(state)
 
     def _rough_value(self, state: State) -> float:
-        found = self._roughly.get(state)
+        key = state, self.table.rounds
+        found = self._roughly.get(key)
         if found is None:
             self.left -= _BOUND_COST
             is_plan = self.table.is_allowed(state.owners) and may_cut(state, self.table.shape, self.table.slots)
-            found = self._roughly[state] = self.table.bound(state) if is_plan else math.inf
+            found = self._roughly[key] = self.table.bound(state) if is_plan else math.inf
         return found
 
     def _value(self, state: State) -> float:
         found = self._known.get(state)
         if found is None:
-            self.left -= _STREAMED_COST if "s" in state.places else _COST
+            self.left -= self._simulation * (_STREAMED_COST if "s" in state.places else _COST)
             found = math.inf
             if may_cut(state, self.table.shape, self.table.slots):
                 found = self._simulator.value(self.ring(state))
@@ -93,7 +97,7 @@ class Judge:
         bounded.sort(key=lambda found: found[:2])
         for begin in range(0, len(bounded), _CHUNK):
             chunk = bounded[begin : begin + _CHUNK]
-            self.left -= _EXPAND_COST * len(chunk)
+            self.left -= sum(_FILL_COST if proposal.refilled else _BOUND_COST for *_, proposal in chunk)
             if chunk[0][0] >= limit * (1 - LEAST_GAIN) or self.left <= 0:
                 break
             better = self.best_of((state for *_, proposal in chunk for state in moves.expand(proposal)), limit)
@@ -121,12 +125,13 @@ def descend(judge: Judge, filler: Filler, start: State, share: float = 1.0) -> t
     best, state = judge.value(start), start
     kinds: tuple[Callable[[State], Iterator[Proposal]], ...] = (
         moves.shifts,
-        moves.places,
         moves.place_swaps,
         moves.swaps,
+        moves.passes,
         moves.replacements,
-        moves.insertions,
         moves.transplants,
+        moves.places,
+        moves.insertions,
     )
     at, since = 0, 0
     while since < len(kinds) and judge.left > end:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate, pairwise
 
 from homeinfer.cluster.planning.plan import LayerPlace, Window
 from homeinfer.cluster.planning.problem import Problem
 from homeinfer.cluster.planning.rounds import has_rounds
 from homeinfer.cluster.planning.simulate import Simulator
+from homeinfer.cluster.planning.solve_prompt import FASTEST, PromptBounds, fastest
 from homeinfer.cluster.planning.solve_state import MOST_SLOTS, Slot, State, windows_of
 from homeinfer.errors import HomeinferError
 
@@ -76,7 +76,10 @@ class Table:
         }
         self.step = self.steps[1]
         self._quickest = self.steps[sequences]
-        self._fastest = [_fastest(sums) for sums in self._quickest.sums]
+        self._fastest = [fastest(sums) for sums in self._quickest.sums]
+        self._prompt = (
+            PromptBounds(simulator, self.slots, self.step.sums) if problem.workload.objective == "ttft" else None
+        )
         always = [0]
         for layer in range(self.n_layers):
             always.append(always[-1] + self.memory.always(layer))
@@ -112,7 +115,8 @@ class Table:
         if not self._is_private(owners):
             return math.inf
         total, before, step, may_cut = 0.0, -1, self._quickest, self.shape.may_cut
-        for slot, first, last in windows_of(owners):
+        windows = windows_of(owners)
+        for slot, first, last in windows:
             if before >= 0:
                 if self.slots[slot].device == self.slots[before].device:
                     return math.inf
@@ -123,9 +127,9 @@ class Table:
             total += self.lead[slot] + fastest[last] - fastest[first]
             before = slot
         total += min(step.output[before].values())
+        if self._prompt is not None:
+            return self._prompt.least([(*window, FASTEST) for window in windows])
         work = self.problem.workload
-        if work.objective == "ttft":
-            return 0.0
         return total / work.sequences if work.objective == "throughput" else total
 
     def chain(self, state: State, step: Step) -> tuple[float, list[float]]:
@@ -208,8 +212,10 @@ class Table:
         """A number that Simulator.value of this state's plan is not below; math.inf where it does not fit."""
         work = self.problem.workload
         reads, waits = self.disk_ms(state)
-        if work.objective == "ttft" or math.isinf(reads):
-            return 0.0 if work.objective == "ttft" else reads
+        if math.isinf(reads):
+            return reads
+        if self._prompt is not None:
+            return self._prompt.least(list(state.runs()))
         chain = self.chain(state, self.step)[0]
         if work.sequences > 1:
             chain = min(chain, self._pipelined(state))
@@ -221,12 +227,6 @@ class Table:
             chain, busy = self.chain(state, step)
             best = min(best, max(chain, batches * max(busy)))
         return best
-
-
-def _fastest(sums: dict[str, list[float]]) -> list[float]:
-    """Milliseconds of all layers before each, each layer where it is fastest."""
-    layers = zip(*([end - begin for begin, end in pairwise(one)] for one in sums.values()), strict=True)
-    return [0.0, *accumulate(min(layer) for layer in layers)]
 
 
 def _slots(problem: Problem) -> tuple[Slot, ...]:

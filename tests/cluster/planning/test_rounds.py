@@ -9,6 +9,7 @@ import pytest
 
 from homeinfer.cluster.planning.enumerate import best_plan
 from homeinfer.cluster.planning.model_shape import model_shape
+from homeinfer.cluster.planning.moves import Moves
 from homeinfer.cluster.planning.plan import Constraints, Workload
 from homeinfer.cluster.planning.planner import advice_for, plan_model
 from homeinfer.cluster.planning.problem import Problem
@@ -16,6 +17,7 @@ from homeinfer.cluster.planning.problem_checks import check_constraints
 from homeinfer.cluster.planning.rounds import count_rounds, has_rounds, least_layers
 from homeinfer.cluster.planning.simulate import Simulator
 from homeinfer.cluster.planning.solve import solve
+from homeinfer.cluster.planning.solve_fill import Filler
 from homeinfer.cluster.planning.solve_state import State
 from homeinfer.cluster.planning.solve_table import Table
 from homeinfer.cluster.planning.start_cut import with_rounds
@@ -99,6 +101,17 @@ def test_a_short_model_leaves_out_those_with_the_fewest_layers() -> None:
     cut = with_rounds(State(bytes([0, 1, 1, 1, 2, 2, 3, 0]), "r" * 8), 2, table)
     assert cut is not None
     assert [slot for slot, _, _ in cut.windows()] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_device_for_which_a_model_is_too_short_is_left_out_with_a_reason() -> None:
+    devices = (a_device("h"), *(a_device(name, layer_ms=0.1, rate=1e9) for name in "abc"))
+    problem = Problem(a_shape(8), devices, constraints=Constraints(required=("a", "b"), rounds=2))
+    solution = solve(problem)
+    assert set(solution.reasons) == {"c"}
+    table = Table(problem, Simulator(problem))
+    moves = Moves(table, Filler(problem, table.slots, table.memory))
+    state = State(bytes([0, 1, 2, 0, 1, 1, 2, 0]), "r" * 8)
+    assert all(3 in proposal.owners for proposal in moves.with_slot(state, 3))
 
 
 def test_cuts_are_only_where_the_model_allows_them_and_private_layers_stay_on_the_head() -> None:
