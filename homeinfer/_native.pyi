@@ -27,9 +27,11 @@ def runner_new(
     n_rows: int,
     row_bytes: int,
     to_float: int,
+    only_wanted: bool,
 ) -> CapsuleType:
     """A window's runner. decode, logits_ith, to_float: addresses (to_float 0: rows are float32). capture None: logits
-    come out. scale: what hidden states are multiplied by on the way in. embedding: a buffer of n_rows rows, or None."""
+    come out. only_wanted: what is captured are rows of wanted tokens only. scale: what hidden states are multiplied by
+    on the way in. embedding: a buffer of n_rows rows, or None."""
 
 def runner_forward(capsule: CapsuleType, n: int, index: object, rows: object, /) -> tuple[int, bytes, float]:
     """Run n tokens: llama_decode's status, what came out (float32), microseconds computing.

@@ -25,6 +25,12 @@ def weights_folder() -> Path:
     return Path(named) if named else Path(platformdirs.user_cache_dir("homeinfer")) / "weights"
 
 
+def windows_folder() -> Path:
+    """Window files: `HOMEINFER_WINDOWS`, or windows/ in the user's cache folder."""
+    named = os.environ.get("HOMEINFER_WINDOWS")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("homeinfer")) / "windows"
+
+
 def private_folder(folder: Path) -> Path:
     """The folder, made where it is missing, which nobody but this user may enter.
 

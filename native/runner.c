@@ -33,7 +33,7 @@ typedef struct {
     int32_t capacity, n_embd, n_vocab, n_seq, n_ctx, sections, n_rows;
     size_t row_bytes;
     float scale;
-    int takes_tokens, gives_logits, has_embedding;
+    int takes_tokens, gives_logits, only_wanted, has_embedding;
     Py_buffer embedding;
     int32_t *tokens, *positions, *counts, *sequences, **sequence_pointers;
     int8_t *marks;
@@ -104,7 +104,7 @@ static int attach_embedding(runner *self, PyObject *embedding) {
 PyObject *runner_new(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"decode",   "logits_ith", "context",      "capture",      "capacity",  "n_embd",
                             "n_vocab",  "n_seq",      "n_ctx",        "sections",     "scale",     "takes_tokens",
-                            "embedding", "n_rows",    "row_bytes",    "to_float",     NULL};
+                            "embedding", "n_rows",    "row_bytes",    "to_float",     "only_wanted", NULL};
     unsigned long long decode, logits_ith, context, row_bytes, to_float;
     PyObject *capsule, *embedding;
     (void)module;
@@ -112,10 +112,10 @@ PyObject *runner_new(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (self == NULL) {
         return PyErr_NoMemory();
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKKOiiiiiifpOiKK", names, &decode, &logits_ith, &context, &capsule,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "KKKOiiiiiifpOiKKp", names, &decode, &logits_ith, &context, &capsule,
                                      &self->capacity, &self->n_embd, &self->n_vocab, &self->n_seq, &self->n_ctx,
                                      &self->sections, &self->scale, &self->takes_tokens, &embedding, &self->n_rows,
-                                     &row_bytes, &to_float)) {
+                                     &row_bytes, &to_float, &self->only_wanted)) {
         PyMem_Free(self);
         return NULL;
     }
@@ -125,6 +125,7 @@ PyObject *runner_new(PyObject *module, PyObject *args, PyObject *kwargs) {
     self->context = (void *)(uintptr_t)context;
     self->row_bytes = (size_t)row_bytes;
     self->gives_logits = capsule == Py_None;
+    self->only_wanted = self->only_wanted || self->gives_logits;
     if (!self->gives_logits) {
         self->capture = PyCapsule_GetPointer(capsule, CAPTURE_CAPSULE);
         if (self->capture == NULL) {
@@ -233,7 +234,7 @@ static llama_batch fill(runner *self, const Py_buffer *index, const char *rows, 
     memcpy(self->sequences, sequences + 4 * (size_t)start, 4 * (size_t)n);
     for (int32_t i = 0; i < n; ++i) {
         /* without all rows marked, llama.cpp drops them before the last layer's FFN */
-        self->marks[i] = self->gives_logits ? wanted[start + i] != 0 : 1;
+        self->marks[i] = self->only_wanted ? wanted[start + i] != 0 : 1;
     }
     memcpy(self->positions, positions + 4 * (size_t)start, 4 * (size_t)n);
     if (self->takes_tokens) {
@@ -276,14 +277,11 @@ static int32_t run_parts(runner *self, const Py_buffer *index, const char *rows,
 }
 
 static Py_ssize_t out_bytes(const runner *self, const Py_buffer *index, int32_t n) {
-    if (!self->gives_logits) {
-        return (Py_ssize_t)n * self->n_embd * 4;
-    }
     Py_ssize_t rows = 0;
     for (int32_t i = 0; i < n; ++i) {
-        rows += ((const char *)index->buf)[8 * (size_t)n + (size_t)i] != 0;
+        rows += !self->only_wanted || ((const char *)index->buf)[8 * (size_t)n + (size_t)i] != 0;
     }
-    return rows * self->n_vocab * 4;
+    return rows * (self->gives_logits ? self->n_vocab : self->n_embd) * 4;
 }
 
 static PyObject *forward_checked(runner *self, int32_t n, const Py_buffer *index, const Py_buffer *rows) {

@@ -34,9 +34,7 @@ from homeinfer.profiling.disk import measure_disk
 PLAIN = Path(__file__).resolve().parent / "plain_llama.py"
 PROMPT, TOKENS = 16, 24
 IDLE_SECONDS = 20.0
-MEM200 = ("300M", "200M", "200M")
-"""The head's processes for the cluster itself take 80 MB more than an engine, and while the output matrix (83 MB) is
-used it must be in memory as a whole: with 200 MB the head has no plan."""
+MEM200 = ("200M",) * 3
 
 
 class Llama:

@@ -41,11 +41,11 @@ from homeinfer.cluster.planning.simulate import Simulator
 from homeinfer.cluster.planning.solve import solve
 from homeinfer.cluster.ring import RingPipeline
 from homeinfer.cluster.ring_start import DeviceStart, RingStart, start_ring
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.errors import HomeinferError
+from homeinfer.folders import windows_folder
 from homeinfer.model.header import Header, read_header
-from homeinfer.model.window_file import default_folder, write_window
+from homeinfer.model.window_file import write_window
 from homeinfer.profiling.link_probe import measure_link
 from homeinfer.profiling.measure import work_folder
 from homeinfer.profiling.shadow import Sizes, shadows
@@ -93,11 +93,6 @@ class Result(msgspec.Struct, frozen=True):
     measured_ttft_ms: float
 
 
-def is_large(memory: str) -> bool:
-    """Whether a device has more than a gigabyte, and so memory to waste on huge pages."""
-    return memory == "none" or memory.endswith("G")
-
-
 def profile(made: Home, device: int, model: Path) -> DeviceProfile:
     """What `homeinfer profile` says on a device, and its link, whose rate the testbed sets."""
     command = [*made.launch(device), sys.executable, "-m", "homeinfer", "profile", str(model), "--json"]
@@ -113,7 +108,7 @@ def rate_beside_others(header: Header, threads: int) -> float:
     """Bytes per second at which layers are streamed here while another process computes: the devices of the testbed
     share the machine's cores, those of a home do not."""
     largest = max(shadows(header, SIZES), key=lambda shadow: shadow.nbytes)
-    with work_folder(default_folder()) as folder, timer("streaming") as reader, timer("computing") as other:
+    with work_folder(windows_folder()) as folder, timer("streaming") as reader, timer("computing") as other:
         path = folder / "shadow.gguf"
         write_window(Header(3, (), {}, ()), largest.plan, path)
         reader.fill(path)
@@ -149,7 +144,6 @@ def started(header: Header, ring: Ring, prediction: Prediction, made: Home, thre
             listen=f"tcp://10.77.0.{i + 1}:*",
             launch=made.launch(i),
             stream_bytes=buffers[names[i]],
-            huge_pages=is_large(made.options.memory[i]),
         )
         for i in used
     )

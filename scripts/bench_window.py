@@ -30,9 +30,9 @@ from plain_llama import N_BATCH, PlainLlama
 
 from homeinfer.cluster.local import RingOptions, start_local_ring, window_specs
 from homeinfer.engine import runtime
-from homeinfer.engine.generate import Request
-from homeinfer.engine.pipeline import Batch, Floats, Remove
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.edits import Remove
+from homeinfer.engine.pipeline import Batch, Floats
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
 from homeinfer.model.window_plan import split_layers

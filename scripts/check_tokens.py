@@ -2,6 +2,7 @@
 """Whether a cluster's greedy tokens are those of llama.cpp alone, on the same file.
 
     scripts/check_tokens.py [MODEL.gguf …] [--devices 1 2 3 4] [--rounds 1 2 3] [--tokens 40] [--loopback]
+    scripts/check_tokens.py MODEL.gguf --devices 3 --memory 200M      layers that don't fit are streamed
 
 For each model (the embedded one unless named), number of devices and of rounds it brings a real cluster up in which all
 devices take part, asks several prompts, and takes it down. Without --rounds the plan chooses them; one device alone has
@@ -21,11 +22,10 @@ from home_cluster import TESTBED, Home, HomeOptions, bring_up, home, machine, pr
 from soak import PROMPTS, free_port
 from soak_answers import Reference, judge, references
 
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.cluster.client import ClusterTeller
 from homeinfer.cluster.wire.client import ClusterStatus
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 
 
 def answers(made: Home, status: ClusterStatus, known: tuple[Reference, ...]) -> list[list[int]]:
@@ -79,6 +79,7 @@ def main() -> int:
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--rounds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--memory", default="none", help="of each device, on the testbed: 200M")
     parser.add_argument("--loopback", action="store_true")
     parser.add_argument("--testbed", type=Path, default=TESTBED)
     a = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> int:
     for model in [path.resolve() for path in a.models] or [default_model()]:
         known = references(model, PROMPTS, a.tokens)
         for count, rounds in setups(a.devices, a.rounds):
-            with home(HomeOptions(("none",) * count, name="tokens"), a.testbed, loopback=a.loopback) as made:
+            with home(HomeOptions((a.memory,) * count, name="tokens"), a.testbed, loopback=a.loopback) as made:
                 found.append(compared(made, model, known, rounds, loopback=a.loopback))
             print(found[-1], file=sys.stderr, flush=True)
     said = machine(("scripts/check_tokens.py", *sys.argv[1:])) | {"setups": found}

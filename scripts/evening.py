@@ -19,7 +19,7 @@ from pathlib import Path
 
 from home_cluster import HomeOptions, bring_up, home
 
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 
 
 def main() -> None:

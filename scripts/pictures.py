@@ -8,33 +8,29 @@ has so little memory that all three must take part, as with a model that fits on
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import fcntl
 import io
 import json
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pseudo_terminal import COLUMNS, Terminal, plain
 from rich.console import Console
 from rich.text import Text
 
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.cluster.client import find_cluster
 from homeinfer.cluster.wire.client import ClusterStatus
 from homeinfer.errors import HomeinferError
 
-WIDTH = 100
 DEVICES = ("desktop", "laptop", "box")
 MEMORY = 118_000_000
 PATIENCE = 120.0
@@ -42,56 +38,26 @@ CONTEXT = "1024"
 MESSAGE = "Write a short story about a lighthouse."
 
 
-class Terminal:
-    """A command in a pseudo terminal, and what its screen shows. has_keys: it reads what is typed there; else its
-    standard input is `keys`, a pipe."""
+class Screen(Terminal):
+    """A terminal with enough rows for all that a command shows, and how it looks now."""
 
     def __init__(self, words: list[str], environment: dict[str, str], folder: Path, *, has_keys: bool = True) -> None:
-        self._master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 60, WIDTH, 0, 0))
-        self.process = subprocess.Popen(
-            words,
-            stdin=slave if has_keys else subprocess.PIPE,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            cwd=folder,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0),
-        )
-        os.close(slave)
-        self._written = b""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError):  # the other end is closed
-            while data := os.read(self._master, 1 << 16):
-                self._written += data
-
-    def type(self, keys: str) -> None:
-        """At its keyboard, or into its pipe."""
-        pipe = self.process.stdin
-        if pipe is None:
-            os.write(self._master, keys.encode())
-        else:
-            pipe.write(keys.encode())
-            pipe.flush()
+        super().__init__(words, environment, folder=folder, rows=60, has_keys=has_keys)
 
     def lines(self) -> list[str]:
-        """The screen, with colours as escape sequences."""
-        return drawn(self._written.decode("utf-8", "replace"))
+        """What is on the screen, with colours as escape sequences."""
+        return drawn(self.shown.decode("utf-8", "replace"))
 
     def see(self, pattern: str) -> str:
-        """Wait until the screen shows this; its first group, or all of it."""
+        """Wait until the screen shows this."""
 
         def found() -> re.Match[str] | None:
-            return re.search(pattern, plain(self.lines()))
+            return re.search(pattern, plain("\n".join(self.lines())))
 
-        wait(lambda: found() is not None, lambda: f"{pattern!r} was not seen in {plain(self.lines())[-2000:]}")
+        wait(lambda: found() is not None, lambda: f"{pattern!r} was not seen in {self.text[-2000:]}")
         match = found()
         assert match is not None
-        return str(match[match.lastindex or 0])
+        return match[0]
 
     def kill(self) -> None:
         """As if the machine were off."""
@@ -107,6 +73,7 @@ class Terminal:
             self.process.wait(15)
         except subprocess.TimeoutExpired:
             self.kill()
+        self.close()
 
 
 def drawn(written: str) -> list[str]:
@@ -128,18 +95,14 @@ def drawn(written: str) -> list[str]:
     return lines
 
 
-def plain(lines: list[str]) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "\n".join(lines))
-
-
 def picture(path: Path, title: str, lines: list[str]) -> None:
     """Lines of a terminal as an SVG."""
-    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    while lines and not plain([lines[-1]]).strip():
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    while lines and not plain(lines[-1]).strip():
         lines.pop()
     for line in lines:
         text = Text.from_ansi(line)
-        for part in text.divide(range(WIDTH, len(text), WIDTH)):  # as a terminal does, at any letter
+        for part in text.divide(range(COLUMNS, len(text), COLUMNS)):  # as a terminal does, at any letter
             console.print(part, no_wrap=True)
     path.write_text(console.export_svg(title=title, unique_id=path.stem), encoding="utf-8")
     print(f"{path}: {len(lines)} lines", flush=True)
@@ -150,9 +113,9 @@ class Evening:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.open: dict[str, Terminal] = {}
+        self.open: dict[str, Screen] = {}
 
-    def start(self, device: str, *words: str, has_keys: bool = True) -> Terminal:
+    def start(self, device: str, *words: str, has_keys: bool = True) -> Screen:
         folder = self.root / device
         folder.mkdir(exist_ok=True)
         names = ("STATE", "WINDOWS", "WEIGHTS", "DATA")
@@ -160,7 +123,7 @@ class Evening:
         environment |= {"TERM": "xterm-256color", "COLORTERM": "truecolor", "PYTHONUTF8": "1"}
         environment.pop("NO_COLOR", None)
         command = [sys.executable, "-m", "homeinfer", *words]
-        made = Terminal(command, environment, folder, has_keys=has_keys)
+        made = Screen(command, environment, folder, has_keys=has_keys)
         self.open[f"{device} {words[0]}"] = made
         return made
 
@@ -238,7 +201,7 @@ def take(folder: Path) -> None:
         chat.see("for commands")
         said = len(chat.lines())
         chat.type(f"{MESSAGE}\n")
-        wait(lambda: len(plain(chat.lines()[said - 1 :])) > 200, lambda: "no answer")
+        wait(lambda: len(plain("\n".join(chat.lines()[said - 1 :]))) > 200, lambda: "no answer")
         made.wait_for(lambda status: status.answers > 0 and all(device.compute_share for device in status.devices))
         time.sleep(1.1)
         picture(folder / "cluster-running.svg", "desktop", running(head.lines()))
@@ -264,5 +227,14 @@ def running(lines: list[str]) -> list[str]:
     return lines[first:]
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parents[1] / "docs")
+    folder: Path = parser.parse_args().folder
+    if not folder.is_dir():
+        raise SystemExit(f"{folder}: there is no such folder; make it first")
+    take(folder)
+
+
 if __name__ == "__main__":
-    take(Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs"))
+    main()

@@ -36,7 +36,7 @@ from home_cluster import (
 from soak_answers import HANG_SECONDS, Answer, Chat, references
 from soak_faults import Faults, draw
 
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.cluster.client import find_cluster
 from homeinfer.errors import HomeinferError
 

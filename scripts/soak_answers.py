@@ -15,8 +15,7 @@ import numpy as np
 
 from homeinfer.cluster.client import ClusterTeller, find_cluster
 from homeinfer.engine import runtime
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.errors import HomeinferError
 
 TIE = 0.05

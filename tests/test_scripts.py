@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.model.header import read_header
 
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ import msgspec
 
 from homeinfer.chat.template import ChatMessage, ChatTemplate
 from homeinfer.engine.answers import Generator, Outcome
-from homeinfer.engine.pipeline import DeviceInfo
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.device_info import DeviceInfo
+from homeinfer.engine.request import Sampling
 from homeinfer.errors import HomeinferError
 
 _VERSION = 1

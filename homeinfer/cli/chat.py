@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import Annotated
 
 import typer
@@ -10,56 +9,24 @@ import typer
 from homeinfer.chat.session import Session
 from homeinfer.chat.template import ChatTemplate
 from homeinfer.cli import ui
-from homeinfer.cli.opening import (
-    ContextOption,
-    GpuOption,
-    LocalOption,
-    RingOption,
-    StreamOption,
-    ThreadsOption,
-    opened,
-)
-from homeinfer.cli.sampling_options import (
-    FrequencyOption,
-    GrammarOption,
-    MinPOption,
-    PresenceOption,
-    RepeatLastOption,
-    RepeatOption,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    grammar_text,
-)
+from homeinfer.cli.opening import LocalOptions, opened
+from homeinfer.cli.option_groups import with_options
+from homeinfer.cli.sampling_options import SamplingOptions
 from homeinfer.cli.shared_options import ModelArgument
-from homeinfer.cluster.local import RingOptions
 from homeinfer.engine.answers import Teller
-from homeinfer.engine.sampling import Sampler, Sampling
+from homeinfer.engine.sampling import Sampler
 
 
+@with_options
 def chat(
     model: ModelArgument = None,
+    *,
     system: Annotated[str | None, typer.Option("--system", "-s", help="How the model is to behave.")] = None,
     n_predict: Annotated[
         int, typer.Option("-n", min=-1, help="Most tokens of an answer; -1: until the model ends.")
     ] = -1,
-    temp: TemperatureOption = 0.8,
-    seed: SeedOption = None,
-    top_k: TopKOption = 40,
-    top_p: TopPOption = 0.95,
-    min_p: MinPOption = 0.05,
-    repeat_penalty: RepeatOption = 1.0,
-    repeat_last_n: RepeatLastOption = 64,
-    frequency_penalty: FrequencyOption = 0.0,
-    presence_penalty: PresenceOption = 0.0,
-    grammar: GrammarOption = None,
-    local: LocalOption = False,
-    local_ring: RingOption = 1,
-    ctx: ContextOption = 0,
-    threads: ThreadsOption = 0,
-    gpu_layers: GpuOption = 0,
-    stream: StreamOption = False,
+    choosing: SamplingOptions,
+    here: LocalOptions,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves, /help shows the commands.
 
@@ -74,22 +41,10 @@ def chat(
 
       printf 'What is the capital of France?\\n' | homeinfer chat model.gguf --temp 0
     """
-    sampling = Sampling(
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=secrets.randbits(32) if seed is None else seed,
-        grammar=grammar_text(grammar),
-    )
-    options = RingOptions(devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream)
+    sampling = choosing.sampling()
     from homeinfer.chat.terminal import keys_held_back, talk  # a quarter of the start of every other command
 
-    with keys_held_back(), opened(model, options, local=local) as ready:
+    with keys_held_back(), opened(model, here.ring(), local=here.local) as ready:
         Sampler(sampling, ready.tokenizer).close()  # what is wrong with a grammar is said now
         template = ChatTemplate(ready.header, ready.tokenizer)
         session = Session(ready.name, template, ready.generator, sampling, limit=n_predict, system=system)

@@ -4,33 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from homeinfer.cli.cluster_options import (
-    CodeArgument,
-    ContextOption,
-    DetachOption,
-    DeviceArgument,
-    DevicesOption,
-    ForbidOption,
-    FreshOption,
-    HeadOption,
-    HeadroomOption,
-    HostOption,
-    LeftHeadOption,
-    ModelsOption,
-    NameOption,
-    ObjectiveOption,
-    PortOption,
-    ProfileOption,
-    ReplicasOption,
-    RequireOption,
-    RoundsOption,
-    SequencesOption,
-    StayOption,
-    ThreadsOption,
-    WaitOption,
-    WireOption,
-    YesOption,
-)
+from homeinfer.cli.cluster_options import DeviceArgument, JoinOptions, LeftHeadOption, UpOptions
+from homeinfer.cli.option_groups import with_options
 from homeinfer.cli.shared_options import JsonOption, ModelArgument
 
 cluster = typer.Typer(
@@ -45,28 +20,8 @@ cluster = typer.Typer(
 
 
 @cluster.command()
-def up(
-    model: ModelArgument = None,
-    devices: DevicesOption = 0,
-    wait: WaitOption = 0,
-    require: RequireOption = None,
-    forbid: ForbidOption = None,
-    profile: ProfileOption = None,
-    fresh: FreshOption = False,
-    yes: YesOption = False,
-    ctx: ContextOption = 0,
-    sequences: SequencesOption = 1,
-    wire: WireOption = "auto",
-    replicas: ReplicasOption = 1,
-    rounds: RoundsOption = 0,
-    objective: ObjectiveOption = "latency",
-    headroom: HeadroomOption = "10%",
-    detach: DetachOption = False,
-    name: NameOption = "",
-    host: HostOption = "",
-    port: PortOption = 47710,
-    threads: ThreadsOption = 0,
-) -> None:
+@with_options
+def up(model: ModelArgument = None, *, options: UpOptions) -> None:
     """Bring a cluster up, with this machine as its head.
 
     Shows a code with which other machines join, the devices as they come, what each would do with the model, and then
@@ -81,45 +36,14 @@ def up(
 
       homeinfer cluster up model.gguf --wait 60 --sequences 4 --detach
     """
-    from homeinfer.cli.cluster_up import Wishes, bring_up
-    from homeinfer.cli.shared_options import parse_headroom
+    from homeinfer.cli.cluster_up import bring_up
 
-    bring_up(
-        Wishes(
-            model=model,
-            devices=devices,
-            wait=wait,
-            required=tuple(require or ()),
-            forbidden=tuple(forbid or ()),
-            profiles=tuple(profile or ()),
-            fresh=fresh,
-            yes=yes,
-            ctx=ctx,
-            sequences=sequences,
-            wire=wire,
-            replicas=replicas,
-            rounds=rounds,
-            objective=objective,
-            headroom=parse_headroom(headroom),
-            name=name,
-            host=host,
-            port=port,
-            threads=threads,
-        ),
-        detach=detach,
-    )
+    bring_up(model, options)
 
 
 @cluster.command()
-def join(
-    code: CodeArgument = None,
-    head: HeadOption = "",
-    models: ModelsOption = None,
-    stay: StayOption = False,
-    name: NameOption = "",
-    host: HostOption = "",
-    threads: ThreadsOption = 0,
-) -> None:
+@with_options
+def join(*, options: JoinOptions) -> None:
     """Let this machine take part in a cluster, until Ctrl-C.
 
     The first time with the code that homeinfer cluster up shows, later without. It waits for the head when that is
@@ -133,19 +57,9 @@ def join(
 
       homeinfer cluster join --stay --models ~/models
     """
-    from homeinfer.cli.cluster_join import JoinWishes, take_part
+    from homeinfer.cli.cluster_join import take_part
 
-    take_part(
-        JoinWishes(
-            code=" ".join(code or ()),
-            head=head,
-            name=name,
-            host=host,
-            models=tuple(models or ()),
-            threads=threads,
-            stays=stay,
-        )
-    )
+    take_part(options)
 
 
 @cluster.command()
@@ -201,9 +115,7 @@ def code() -> None:
 
 
 @cluster.command()
-def leave(
-    head: LeftHeadOption = "",
-) -> None:
+def leave(head: LeftHeadOption = "") -> None:
     """Let this machine leave the cluster for good: what it runs for it ends, and its head is forgotten.
 
     To come back takes a new code. To leave for a while, press Ctrl-C where homeinfer cluster join runs.

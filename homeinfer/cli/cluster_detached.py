@@ -16,7 +16,7 @@ import typer
 
 import homeinfer
 from homeinfer.cli.cluster_live import Screen
-from homeinfer.cli.cluster_up import signals_as_stop
+from homeinfer.cli.cluster_stopping import signals_as_stop
 from homeinfer.cli.cluster_watch import Watch
 from homeinfer.cluster.client import ClusterClient
 from homeinfer.cluster.coordinator.options import ClusterOptions

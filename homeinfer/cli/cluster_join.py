@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import typer
 from rich.text import Text
 
@@ -16,7 +15,8 @@ from homeinfer.cli.cluster_changes import Pace
 from homeinfer.cli.cluster_device_view import Part, after, is_problem, line_of, part_view, tasks_of
 from homeinfer.cli.cluster_leave import check_free, joined
 from homeinfer.cli.cluster_live import Screen
-from homeinfer.cli.cluster_up import CTRL_C, end_task, signals_as_stop
+from homeinfer.cli.cluster_options import JoinOptions
+from homeinfer.cli.cluster_stopping import CTRL_C, end_task, signals_as_stop
 from homeinfer.cluster.agent import Agent
 from homeinfer.cluster.agent_options import AgentEvent, AgentOptions, Working
 from homeinfer.cluster.known_heads import KnownHead, known_heads, remember_head
@@ -29,32 +29,21 @@ from homeinfer.folders import private_folder, state_folder
 _LOOK_SECONDS = 0.5
 
 
-class JoinWishes(msgspec.Struct, frozen=True):
-    """The options of `cluster join`, as typed."""
-
-    code: str
-    head: str
-    name: str
-    host: str
-    models: tuple[Path, ...]
-    threads: int
-    stays: bool
-
-
-def take_part(wishes: JoinWishes) -> None:
+def take_part(options: JoinOptions) -> None:
     """Until the cluster ends or the user wants no more. Raises HomeinferError; exits with 130 after Ctrl-C."""
     folder = private_folder(state_folder())
     check_free(folder)  # a code serves once: it is not spent on a join that can't be
-    known = asyncio.run(_paired(wishes, folder)) if wishes.code else which_head(known_heads(folder), wishes.head)
+    code = " ".join(options.code or ())
+    known = asyncio.run(_paired(code, options.name, folder)) if code else which_head(known_heads(folder), options.head)
     with joined(folder, known):
-        asyncio.run(_take_part(wishes, known))
+        asyncio.run(_take_part(options, known))
 
 
-async def _paired(wishes: JoinWishes, folder: Path) -> KnownHead:
-    code = decode_code(wishes.code)
+async def _paired(typed: str, name: str, folder: Path) -> KnownHead:
+    code = decode_code(typed)
     with Screen() as screen:
         screen.show(Text(f"looking for the head at {' or '.join(code.hosts)} port {code.port}, 15 s at most"))
-        known = await pair(code, own_keys(folder), wishes.name or platform.node() or "device", timeout=15.0)
+        known = await pair(code, own_keys(folder), name or platform.node() or "device", timeout=15.0)
     remember_head(folder, known)
     return known
 
@@ -73,26 +62,26 @@ def which_head(heads: Sequence[KnownHead], name: str) -> KnownHead:
     return found[0]
 
 
-def agent_options(wishes: JoinWishes, known: KnownHead) -> AgentOptions:
+def agent_options(options: JoinOptions, known: KnownHead) -> AgentOptions:
     """What the agent is told."""
-    folders = wishes.models or (Path.cwd(),)
+    folders = options.models or (Path.cwd(),)
     return AgentOptions(
         hosts=known.hosts,
         port=known.port,
         key=known.key,
-        name=wishes.name,
-        host=wishes.host,
+        name=options.name,
+        host=options.host,
         models=tuple(str(folder.absolute()) for folder in folders),
-        n_threads=wishes.threads,
-        stays=wishes.stays,
+        n_threads=options.threads,
+        stays=options.stay,
         finds=True,
     )
 
 
-async def _take_part(wishes: JoinWishes, known: KnownHead) -> None:
+async def _take_part(options: JoinOptions, known: KnownHead) -> None:
     with Screen() as screen, signals_as_stop() as stopped:
         shown = _Shown(known.name, screen)
-        agent = Agent(agent_options(wishes, known), shown.on_event)
+        agent = Agent(agent_options(options, known), shown.on_event)
         running = asyncio.create_task(agent.run())
         looking = asyncio.create_task(shown.forever())
         waiting = asyncio.create_task(stopped.wait())

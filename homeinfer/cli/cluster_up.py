@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import msgspec
 import typer
 
 from homeinfer.cli.cluster_leave import check_not_joined
 from homeinfer.cli.cluster_live import Screen, has_person
+from homeinfer.cli.cluster_options import UpOptions
+from homeinfer.cli.cluster_stopping import CTRL_C, end_task, signals_as_stop
 from homeinfer.cli.cluster_watch import Watch
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
+from homeinfer.cli.shared_options import parse_headroom
 from homeinfer.cluster.coordinator.coordinator import Coordinator
 from homeinfer.cluster.coordinator.options import ClusterOptions
-from homeinfer.cluster.planning.plan import Objective, Wire
 from homeinfer.cluster.planning.problem_checks import check_rounds
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.profiles_file import read_device_profiles
@@ -27,71 +25,47 @@ from homeinfer.folders import state_folder
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import read_header
 
-CTRL_C = 128 + signal.SIGINT
 
-
-class Wishes(msgspec.Struct, frozen=True):
-    """The options of `cluster up`, as typed."""
-
-    model: Path | None
-    devices: int
-    wait: float
-    required: tuple[str, ...]
-    forbidden: tuple[str, ...]
-    profiles: tuple[Path, ...]
-    fresh: bool
-    yes: bool
-    ctx: int
-    sequences: int
-    wire: Wire | Literal["auto"]
-    replicas: int
-    rounds: int
-    objective: Objective
-    headroom: float
-    name: str
-    host: str
-    port: int
-    threads: int
-
-
-def bring_up(wishes: Wishes, *, detach: bool) -> None:
-    """Raises HomeinferError; exits with 130 after Ctrl-C."""
-    header = read_header(wishes.model or default_model())  # a wrong file is said before anything starts
+def bring_up(model: Path | None, options: UpOptions) -> None:
+    """model: None for the embedded one. Raises HomeinferError; exits with 130 after Ctrl-C, with 2 for wrong usage."""
+    headroom = parse_headroom(options.headroom)
+    path = model or default_model()
+    header = read_header(path, vocabulary=False)  # a wrong file is said before anything starts
     check_generates(header)
-    check_rounds(wishes.rounds, 2, header.n_layer)
+    check_rounds(options.rounds, 2, header.n_layer)
     check_not_joined(state_folder())
-    asks = has_person() and not wishes.yes
-    options = cluster_options(wishes, needs_yes=asks)
-    if detach:
+    asks = has_person() and not options.yes
+    told = cluster_options(path, options, headroom, needs_yes=asks)
+    if options.detach:
         from homeinfer.cli.cluster_detached import bring_up_detached
 
-        bring_up_detached(options, asks=asks)
+        bring_up_detached(told, asks=asks)
         return
-    asyncio.run(_stay(options, asks=asks))
+    asyncio.run(_stay(told, asks=asks))
 
 
-def cluster_options(wishes: Wishes, *, needs_yes: bool) -> ClusterOptions:
-    """What the coordinator is told."""
+def cluster_options(model: Path, options: UpOptions, headroom: float, *, needs_yes: bool) -> ClusterOptions:
+    """What the coordinator is told. Raises HomeinferError for bad profiles."""
     return ClusterOptions(
-        model=str((wishes.model or default_model()).absolute()),
-        name=wishes.name,
-        port=wishes.port,
-        host=wishes.host,
-        devices=wishes.devices,
-        wait_seconds=wishes.wait,
-        n_ctx=wishes.ctx,
-        sequences=wishes.sequences,
-        wire=wishes.wire,
-        replicas=wishes.replicas,
-        rounds=wishes.rounds,
-        objective=wishes.objective,
-        headroom=wishes.headroom,
+        model=str(model.absolute()),
+        name=options.name,
+        port=options.port,
+        host=options.host,
+        devices=options.devices,
+        wait_seconds=options.wait,
+        n_ctx=options.ctx,
+        sequences=options.sequences,
+        wire=options.wire,
+        replicas=options.replicas,
+        rounds=options.rounds,
+        objective=options.objective,
+        headroom=headroom,
         needs_yes=needs_yes,
-        threads=wishes.threads,
-        required=wishes.required,
-        forbidden=wishes.forbidden,
-        profiles=read_device_profiles(wishes.profiles) if wishes.profiles else (),
-        fresh=wishes.fresh,
+        threads=options.threads,
+        required=tuple(options.require or ()),
+        forbidden=tuple(options.forbid or ()),
+        profiles=read_device_profiles(options.profile) if options.profile else (),
+        fresh=options.fresh,
     )
 
 
@@ -118,44 +92,6 @@ async def _stay(options: ClusterOptions, *, asks: bool) -> None:
         if stopped.is_set():
             raise typer.Exit(stopped.code)
         screen.say(reason)
-
-
-class Stopped(asyncio.Event):
-    """Set when this process is asked to end. code: what it is to exit with."""
-
-    code = 0
-
-
-@contextlib.contextmanager
-def signals_as_stop() -> Iterator[Stopped]:
-    """Ctrl-C, and the signals of a closed terminal or a shutdown, asked for once; a second one is what it always is."""
-    stopped = Stopped()
-    loop = asyncio.get_running_loop()
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-    def stop(number: int) -> None:
-        stopped.code = 128 + number
-        stopped.set()
-        for each in numbers:
-            loop.remove_signal_handler(each)
-
-    installed = []
-    for number in numbers:
-        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C cancels the task there
-            loop.add_signal_handler(number, stop, number)
-            installed.append(number)
-    try:
-        yield stopped
-    finally:
-        for number in installed:
-            loop.remove_signal_handler(number)
-
-
-async def end_task(task: asyncio.Task[Any]) -> None:
-    """Cancel it and wait until it is over."""
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 class _Here:

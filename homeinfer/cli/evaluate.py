@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from homeinfer.cli.shared_options import JsonOption
-from homeinfer.cli.ui import notes
+from homeinfer.cli.bars import fraction_bar
+from homeinfer.cli.shared_options import JsonOption, interruptible
 from homeinfer.errors import HomeinferError
 from homeinfer.quant import evaluate as evaluation
 from homeinfer.quant.evaluate import FEWEST_TOKENS, Evaluation
 from homeinfer.quant.logits_file import is_logits_file
-
-_INTERRUPTED = 130
 
 
 def evaluate(
@@ -52,23 +47,20 @@ def evaluate(
     Example: homeinfer evaluate smaller.gguf --reference wiki.logits --text wiki.txt
     """
     said = evaluation.read_text(text)
-    try:
+    with interruptible():
         if keep_logits is not None:
             if is_logits_file(reference):
                 raise HomeinferError(f"{reference}: these are kept logits already; leave --keep-logits out")
             evaluation.checked_model(model, ctx)
-            with _progress_bar(reference.name) as on_progress:
+            with fraction_bar(reference.name) as on_progress:
                 evaluation.keep_logits(
                     reference, said, keep_logits, n_ctx=ctx, chunks=chunks, threads=threads, on_progress=on_progress
                 )
             reference = keep_logits
-        with _progress_bar(model.name) as on_progress:
+        with fraction_bar(model.name) as on_progress:
             result = evaluation.evaluate(
                 model, reference, said, n_ctx=ctx, chunks=chunks, threads=threads, on_progress=on_progress
             )
-    except KeyboardInterrupt:
-        typer.echo("homeinfer: interrupted", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
     typer.echo(msgspec.json.encode(result) if json else _report(result))
 
 
@@ -83,20 +75,3 @@ def _report(result: Evaluation) -> str:
         ("measured on", f"{result.tokens:,} tokens in {result.chunks:,} chunks of {result.n_ctx:,}"),
     )
     return "\n".join(f"{what:<16}{value}" for what, value in lines)
-
-
-@contextlib.contextmanager
-def _progress_bar(name: str) -> Iterator[Callable[[float], None]]:
-    """A bar with the time left, shown only on a terminal and gone at the end."""
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=notes,
-        transient=True,
-        disable=not notes.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(name, total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from homeinfer.cli.shared_options import JsonOption
+from homeinfer.cli.bars import fraction_bar
+from homeinfer.cli.shared_options import JsonOption, interruptible
 from homeinfer.cli.ui import notes
 from homeinfer.model.header import read_header
-from homeinfer.quant.calibrate import CHUNK_SIZE, calibrate
+from homeinfer.quant.calibrate import CHUNK_SIZE, Calibration, calibrate
 from homeinfer.quant.checks import checked_destination
 from homeinfer.quant.imatrix import unreached, write_imatrix
-
-_INTERRUPTED = 130
 
 
 class ImatrixResult(msgspec.Struct, frozen=True):
@@ -64,16 +60,17 @@ def imatrix(
     began = time.monotonic()
     header = read_header(model)
     target = checked_destination(output, header, force)
-    try:
-        with _progress_bar(model.name) as on_progress:
+    with interruptible("nothing was written"):
+        with fraction_bar(model.name) as on_progress:
             made = calibrate(
                 header, text or (), chunk_size=ctx, chunks=chunks, threads=threads, output_tensor=output_tensor,
                 on_progress=on_progress,
             )  # fmt: skip
         write_imatrix(target, made.imatrix)
-    except KeyboardInterrupt:
-        typer.echo("homeinfer: interrupted: nothing was written", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
+    _show(made, output, time.monotonic() - began, json=json)
+
+
+def _show(made: Calibration, output: Path, seconds: float, *, json: bool) -> None:
     for note in made.notes:
         notes.print(Text(note, "yellow"), soft_wrap=True)
     result = ImatrixResult(
@@ -82,7 +79,7 @@ def imatrix(
         tokens=made.tokens,
         tensors=len(made.imatrix.entries),
         unreached=unreached(made.imatrix),
-        seconds=round(time.monotonic() - began, 3),
+        seconds=round(seconds, 3),
     )
     typer.echo(msgspec.json.encode(result) if json else _summary(result))
 
@@ -92,20 +89,3 @@ def _summary(result: ImatrixResult) -> str:
         f"{result.path}: {result.tensors} weights, {result.tokens:,} tokens in {result.chunks} chunks, "
         f"{result.seconds:.1f} s"
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(name: str) -> Iterator[Callable[[float], None]]:
-    """A bar with the time left, shown only on a terminal and gone at the end."""
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=notes,
-        transient=True,
-        disable=not notes.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(name, total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)

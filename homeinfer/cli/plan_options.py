@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from homeinfer.cli import shared_options
 from homeinfer.cli.shared_options import wrong_usage
-from homeinfer.cluster.planning.plan import Objective, Wire
+from homeinfer.cluster.planning.plan import Constraints, Objective, Wire, Workload
 from homeinfer.cluster.planning.profile import Network
 from homeinfer.model.header import printable
 
@@ -37,56 +38,6 @@ ProfilesOption = Annotated[
         show_default=False,
     ),
 ]
-ContextOption = Annotated[
-    int, typer.Option("--ctx", metavar="N", min=1, help="Tokens of context.", rich_help_panel=_WHAT_FOR)
-]
-SequencesOption = Annotated[
-    int, typer.Option(metavar="N", min=1, max=1024, help="Answers at the same time.", rich_help_panel=_WHAT_FOR)
-]
-PromptOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Tokens of the prompt; 512 unless given, or what the context holds.",
-        rich_help_panel=_WHAT_FOR,
-    ),
-]
-ObjectiveOption = Annotated[Objective, shared_options.objective(_WHAT_FOR)]
-KvTypeOption = Annotated[
-    str, typer.Option(metavar="TYPE", help="The KV cache's type: f16, q8_0, …", rich_help_panel=_WHAT_FOR)
-]
-WireOption = Annotated[
-    Wire,
-    typer.Option(help="How hidden states travel between devices.", rich_help_panel=_WHAT_FOR),
-]
-LinkOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="RATE,DELAY",
-        help="The network of devices whose profile has no figures for it, such as 300mbit,1ms (taken unless given).",
-        rich_help_panel=_WHAT_FOR,
-    ),
-]
-HeadOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="The device you sit at; that of the first profile unless given.", rich_help_panel=_DEMANDS
-    ),
-]
-RequireOption = Annotated[list[str] | None, shared_options.required(_DEMANDS)]
-ForbidOption = Annotated[list[str] | None, shared_options.forbidden(_DEMANDS)]
-PrivateOption = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="So many first and last layers stay on the head: the more, the less others can tell of your text.",
-        rich_help_panel=_DEMANDS,
-    ),
-]
-HeadroomOption = Annotated[str, shared_options.headroom(_DEMANDS)]
-RoundsOption = Annotated[int, shared_options.rounds(_DEMANDS)]
 JsonOption = Annotated[bool, shared_options.json_option(_MORE)]
 TimelineOption = Annotated[
     Path | None,
@@ -97,11 +48,90 @@ CompareOption = Annotated[
 ]
 
 DEFAULT_LINK = "300mbit,1ms"
+_PROMPT = 512
 _LINK = re.compile(
     r"(?P<rate>\d+(?:\.\d+)?) *(?P<unit>[kmg])bit(?:/s)?(?: *, *(?P<delay>\d+(?:\.\d+)?) *(?P<of>us|ms|s))?"
 )
 _RATES = {"k": 1e3, "m": 1e6, "g": 1e9}
 _DELAYS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class DemandOptions:
+    """What a plan is for and what it must keep to, as typed."""
+
+    ctx: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of context.", rich_help_panel=_WHAT_FOR)] = 4096
+    sequences: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1024, help="Answers at the same time.", rich_help_panel=_WHAT_FOR)
+    ] = 1
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of the prompt; 512 unless given, or what the context holds.",
+            rich_help_panel=_WHAT_FOR,
+        ),
+    ] = None
+    objective: Annotated[Objective, shared_options.objective(_WHAT_FOR)] = "latency"
+    kv_type: Annotated[
+        str, typer.Option(metavar="TYPE", help="The KV cache's type: f16, q8_0, …", rich_help_panel=_WHAT_FOR)
+    ] = "f16"
+    wire: Annotated[Wire, typer.Option(help="How hidden states travel between devices.", rich_help_panel=_WHAT_FOR)] = (
+        "f32"
+    )
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE,DELAY",
+            help="The network of devices whose profile has no figures for it, such as 300mbit,1ms (taken unless "
+            "given).",
+            rich_help_panel=_WHAT_FOR,
+        ),
+    ] = None
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The device you sit at; that of the first profile unless given.",
+            rich_help_panel=_DEMANDS,
+        ),
+    ] = None
+    require: Annotated[list[str] | None, shared_options.required(_DEMANDS)] = None
+    forbid: Annotated[list[str] | None, shared_options.forbidden(_DEMANDS)] = None
+    private_layers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="So many first and last layers stay on the head: the more, the less others can tell of your text.",
+            rich_help_panel=_DEMANDS,
+        ),
+    ] = 1
+    rounds: Annotated[int, shared_options.rounds(_DEMANDS)] = 0
+    headroom: Annotated[str, shared_options.headroom(_DEMANDS)] = "10%"
+
+    def workload(self) -> Workload:
+        """Exits with 2 for a headroom that is none."""
+        return Workload(
+            n_ctx=self.ctx,
+            sequences=self.sequences,
+            prompt_tokens=min(self.prompt_tokens or _PROMPT, self.ctx),
+            kv_type=self.kv_type,
+            wire=self.wire,
+            headroom=shared_options.parse_headroom(self.headroom),
+            objective=self.objective,
+        )
+
+    def constraints(self) -> Constraints:
+        return Constraints(
+            head=self.head or "",
+            required=tuple(self.require or ()),
+            forbidden=tuple(self.forbid or ()),
+            private_first=self.private_layers,
+            private_last=self.private_layers,
+            rounds=self.rounds,
+        )
 
 
 def model_and_profiles(files: Sequence[Path], profiles: Sequence[Path] | None) -> tuple[Path, list[Path]]:

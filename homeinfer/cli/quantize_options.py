@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,15 @@ import typer
 from homeinfer.cli.shared_options import wrong_usage
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
-from homeinfer.quant.budget import Budget, budget_of_bpw, budget_of_devices, budget_of_size, parse_size, read_profiles
+from homeinfer.quant.budget import (
+    Budget,
+    budget_of_bpw,
+    budget_of_devices,
+    budget_of_size,
+    check_budget,
+    parse_size,
+    read_profiles,
+)
 from homeinfer.quant.recipes import RECIPES
 
 _SMALL = "How small: one of these"
@@ -32,119 +40,152 @@ DestinationArgument = Annotated[
         show_default=False,
     ),
 ]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE.toml",
-        help=f"A recipe: {', '.join(RECIPES)} (--list-recipes says more), or a file of your own.",
-        rich_help_panel=_SMALL,
-    ),
-]
-BpwOption = Annotated[
-    float | None, typer.Option(metavar="X", help="At most X bits per weight, such as 3.5.", rich_help_panel=_SMALL)
-]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE", help="A file of at most so many bytes: 98833504, 40GB, 3.5G, 40GiB.", rich_help_panel=_SMALL
-    ),
-]
-FitOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="PROFILE.json",
-        help="What the memory of these devices holds with 4,096 tokens of context; several files add up. From "
-        'homeinfer profile, or {"devices": [{"name": "desk", "memory_bytes": 16000000000}]}',
-        rich_help_panel=_SMALL,
-    ),
-]
-TpotOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="MS",
-        help="With --fit: instead, as large as these devices can run in MS milliseconds per token.",
-        rich_help_panel=_SMALL,
-    ),
-]
-ImatrixOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="How much each input counts, from homeinfer imatrix or llama.cpp.", rich_help_panel=_CHOICE
-    ),
-]
-TextOption = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="FILE", help="Instead: measure it on these texts (UTF-8).", rich_help_panel=_CHOICE),
-]
-TensorOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="REGEX=TYPE",
-        help="The type of tensors whose name the regular expression is found in, such as 'ffn_down=Q6_K'; before "
-        "everything else, and the first that matches decides.",
-        rich_help_panel=_CHOICE,
-    ),
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Write nothing, show types and sizes; SRC may be a header alone.")
-]
-ReportOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.html",
-        help="Write what was chosen and why, and its picture as FILE.svg; measures near presets, too.",
-    ),
-]
-RequantizeOption = Annotated[
-    bool, typer.Option("--requantize", help="Take a source that is quantized already; some quality is lost.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite DST if it exists.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores unless given.")]
 
 
-def require_one_way(
-    recipe: str | None, bpw: float | None, size: str | None, fit: list[Path] | None, tpot: float | None = None
-) -> str:
-    """Which one of the four ways to say how small was taken, as the end of a file name; exits when it isn't one."""
+def _list_recipes(wanted: bool) -> None:
+    if not wanted:
+        return
+    from homeinfer.cli import quantize_tables
+
+    quantize_tables.show_recipes(RECIPES.values())
+    raise typer.Exit
+
+
+ListOption = Annotated[
+    bool, typer.Option("--list-recipes", callback=_list_recipes, is_eager=True, help="Show all recipes and exit.")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeOptions:
+    """What `quantize` is to make, and from what it is to choose, as typed."""
+
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help=f"A recipe: {', '.join(RECIPES)} (--list-recipes says more), or a file of your own.",
+            rich_help_panel=_SMALL,
+        ),
+    ] = None
+    bpw: Annotated[
+        float | None, typer.Option(metavar="X", help="At most X bits per weight, such as 3.5.", rich_help_panel=_SMALL)
+    ] = None
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="A file of at most so many bytes: 98833504, 40GB, 3.5G, 40GiB.", rich_help_panel=_SMALL
+        ),
+    ] = None
+    fit: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PROFILE.json",
+            help="What the memory of these devices holds with 4,096 tokens of context; several files add up. From "
+            'homeinfer profile, or {"devices": [{"name": "desk", "memory_bytes": 16000000000}]}',
+            rich_help_panel=_SMALL,
+        ),
+    ] = None
+    tpot: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS",
+            help="With --fit: instead, as large as these devices can run in MS milliseconds per token.",
+            rich_help_panel=_SMALL,
+        ),
+    ] = None
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="How much each input counts, from homeinfer imatrix or llama.cpp.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Instead: measure it on these texts (UTF-8).", rich_help_panel=_CHOICE),
+    ] = None
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TYPE",
+            help="The type of tensors whose name the regular expression is found in, such as 'ffn_down=Q6_K'; before "
+            "everything else, and the first that matches decides.",
+            rich_help_panel=_CHOICE,
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing, show types and sizes; SRC may be a header alone.")
+    ] = False
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write what was chosen and why, and its picture as FILE.svg; measures near presets, too.",
+        ),
+    ] = None
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Take a source that is quantized already; some quality is lost.")
+    ] = False
+    force: Annotated[bool, typer.Option("--force", help="Overwrite DST if it exists.")] = False
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores unless given.")] = None
+
+    @property
+    def texts(self) -> tuple[Path, ...]:
+        return tuple(self.text or ())
+
+    def asked(self) -> str:
+        """How small, as it was written."""
+        if self.fit:
+            return f"--fit {' '.join(map(str, self.fit))}{'' if self.tpot is None else f' --tpot {self.tpot:g}'}"
+        return f"--bpw {self.bpw:g}" if self.bpw is not None else f"--size {self.size}"
+
+
+def check_usage(options: QuantizeOptions) -> str:
+    """Which one of the four ways to say how small was taken, as the end of a file name; exits with 2 when it isn't one,
+    or when options contradict each other."""
     ways = {
-        "--recipe": Path(recipe.strip()).stem if recipe else None,
-        "--bpw": f"{bpw:g}bpw" if bpw is not None else None,
-        "--size": re.sub(r"\s", "", size) if size is not None else None,
-        "--fit": ("fit" if tpot is None else f"{tpot:g}ms") if fit else None,
+        "--recipe": Path(options.recipe.strip()).stem if options.recipe else None,
+        "--bpw": f"{options.bpw:g}bpw" if options.bpw is not None else None,
+        "--size": re.sub(r"\s", "", options.size) if options.size is not None else None,
+        "--fit": ("fit" if options.tpot is None else f"{options.tpot:g}ms") if options.fit else None,
     }
     given = {way: label for way, label in ways.items() if label is not None}
-    if size is not None:
-        _wanted_size(size)
-    if bpw is not None and not 0 < bpw < math.inf:
-        wrong_usage(f"--bpw: {bpw} bits per weight are none; write a number such as 3.5")
-    if tpot is not None and not fit:
-        wrong_usage("--tpot goes with --fit PROFILE.json, which says on which devices")
-    if tpot is not None and not 0 < tpot < math.inf:
-        wrong_usage(f"--tpot: {tpot} milliseconds per token can't be; write a number such as 200")
+    _check_numbers(options)
     if not given:
         wrong_usage("say how small: --recipe NAME, --bpw X, --size 40GB or --fit PROFILE.json; --help has examples")
     if len(given) > 1:
         wrong_usage(f"{' and '.join(given)} both say how small; give one of them")
+    if options.recipe is not None and options.report is not None:
+        wrong_usage("--report shows what was measured: it goes with --bpw, --size and --fit, not with --recipe")
+    if options.imatrix is not None and options.text:
+        wrong_usage("--imatrix and --text both say what counts; give one of them")
     return next(iter(given.values()))
 
 
-def require_agreeing(
-    recipe: str | None, report: Path | None, imatrix: Path | None, text: Sequence[Path] | None
-) -> None:
-    """Exit when two options contradict each other."""
-    if recipe is not None and report is not None:
-        wrong_usage("--report shows what was measured: it goes with --bpw, --size and --fit, not with --recipe")
-    if imatrix is not None and text:
-        wrong_usage("--imatrix and --text both say what counts; give one of them")
+def _check_numbers(options: QuantizeOptions) -> None:
+    bpw, tpot = options.bpw, options.tpot
+    if options.size is not None:
+        _wanted_size(options.size)
+    if bpw is not None and not 0 < bpw < math.inf:
+        wrong_usage(f"--bpw: {bpw} bits per weight are none; write a number such as 3.5")
+    if tpot is not None and not options.fit:
+        wrong_usage("--tpot goes with --fit PROFILE.json, which says on which devices")
+    if tpot is not None and not 0 < tpot < math.inf:
+        wrong_usage(f"--tpot: {tpot} milliseconds per token can't be; write a number such as 200")
 
 
-def budget_for(
-    header: Header, bpw: float | None, size: str | None, fit: list[Path] | None, tpot: float | None = None
-) -> Budget:
-    """The limit that --bpw, --size or --fit sets; HomeinferError for bad profiles."""
-    if fit:
-        return _budget_to_fit(header, fit, tpot)
-    return budget_of_bpw(header, bpw) if bpw is not None else budget_of_size(_wanted_size(size or ""))
+def budget_for(header: Header, options: QuantizeOptions) -> Budget:
+    """The limit that --bpw, --size or --fit sets; HomeinferError for bad profiles, and where nothing fits into it."""
+    if options.fit:
+        budget = _budget_to_fit(header, options.fit, options.tpot)
+    elif options.bpw is not None:
+        budget = budget_of_bpw(header, options.bpw)
+    else:
+        budget = budget_of_size(_wanted_size(options.size or ""))
+    check_budget(header, budget)
+    return budget
 
 
 def _budget_to_fit(header: Header, fit: list[Path], tpot: float | None) -> Budget:

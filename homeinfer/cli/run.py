@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 from typing import Annotated
 
@@ -13,35 +12,13 @@ from homeinfer.chat.reading import Reading
 from homeinfer.chat.template import ChatMessage, ChatTemplate
 from homeinfer.chat.text import for_terminal
 from homeinfer.cli import ui
-from homeinfer.cli.opening import (
-    ContextOption,
-    GpuOption,
-    LocalOption,
-    Opened,
-    RingOption,
-    StreamOption,
-    ThreadsOption,
-    opened,
-)
-from homeinfer.cli.sampling_options import (
-    FrequencyOption,
-    GrammarOption,
-    MinPOption,
-    PresenceOption,
-    RepeatLastOption,
-    RepeatOption,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    grammar_text,
-)
+from homeinfer.cli.opening import LocalOptions, Opened, opened
+from homeinfer.cli.option_groups import with_options
+from homeinfer.cli.sampling_options import SamplingOptions
 from homeinfer.cli.shared_options import ModelArgument
-from homeinfer.cluster.local import RingOptions
 from homeinfer.engine.answers import Outcome
-from homeinfer.engine.generate import FinishReason
-from homeinfer.engine.pipeline import DeviceInfo
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.device_info import DeviceInfo
+from homeinfer.engine.request import FinishReason, Sampling
 from homeinfer.errors import HomeinferError
 
 
@@ -58,30 +35,18 @@ class RunResult(msgspec.Struct, frozen=True):
     seed: int
 
 
+@with_options
 def run(
     model: ModelArgument = None,
+    *,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="What to answer; - reads it from standard input.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="How the model is to behave.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     n_predict: Annotated[int, typer.Option("-n", min=-1, help="Most tokens to write; -1: one context full.")] = -1,
-    temp: TemperatureOption = 0.8,
-    seed: SeedOption = None,
-    top_k: TopKOption = 40,
-    top_p: TopPOption = 0.95,
-    min_p: MinPOption = 0.05,
-    repeat_penalty: RepeatOption = 1.0,
-    repeat_last_n: RepeatLastOption = 64,
-    frequency_penalty: FrequencyOption = 0.0,
-    presence_penalty: PresenceOption = 0.0,
-    grammar: GrammarOption = None,
-    local: LocalOption = False,
-    local_ring: RingOption = 1,
-    ctx: ContextOption = 0,
-    threads: ThreadsOption = 0,
-    gpu_layers: GpuOption = 0,
-    stream: StreamOption = False,
+    choosing: SamplingOptions,
+    here: LocalOptions,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Answer one prompt and leave.
@@ -96,38 +61,15 @@ def run(
 
       git diff | homeinfer run model.gguf -p - -s "Write a commit message for this change."
     """
-    sampling = Sampling(
-        temperature=temp,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        seed=secrets.randbits(32) if seed is None else seed,
-        grammar=grammar_text(grammar),
-    )
+    sampling = choosing.sampling()
     text = prompt_text(prompt)
-    options = RingOptions(devices=local_ring, n_ctx=ctx, n_threads=threads, gpu_layers=gpu_layers, resident=not stream)
-    with opened(model, options, local=local, quiet=json) as ready:
-        tokens = prompt_tokens(ready, text, system, raw=raw)
-        with Reading(ui.notes) as reading:
-
-            def write(piece: str) -> None:
-                reading.done()
-                if not json:
-                    _print(piece)
-
-            outcome = ready.generator.answer(tokens, sampling, n_predict, on_text=write)
+    with opened(model, here.ring(), local=here.local, quiet=json) as ready:
+        outcome = _answer(ready, prompt_tokens(ready, text, system, raw=raw), sampling, n_predict, quiet=json)
         devices = list(ready.generator.teller.devices)
     if json:
         typer.echo(msgspec.json.encode(run_result(outcome, devices, sampling.seed)))
-        return
-    typer.echo()
-    rate = f"{1e3 / outcome.tpot_ms:.1f} tokens/s, " if outcome.tpot_ms else ""
-    shifted = f", {outcome.shifted} tokens left the context" if outcome.shifted else ""
-    ui.notes.print(f"[dim]{rate}first token after {outcome.ttft_ms / 1e3:.2f} s{shifted}[/dim]")
+    else:
+        _show_speed(outcome)
 
 
 def prompt_text(prompt: str | None) -> str:
@@ -146,6 +88,25 @@ def prompt_tokens(ready: Opened, text: str, system: str | None, *, raw: bool) ->
         return ready.tokenizer.encode(text)
     messages = [ChatMessage("system", system)] if system else []
     return ChatTemplate(ready.header, ready.tokenizer).tokens([*messages, ChatMessage("user", text)])
+
+
+def _answer(ready: Opened, tokens: list[int], sampling: Sampling, limit: int, *, quiet: bool) -> Outcome:
+    """Its text goes to the screen as it comes, unless quiet."""
+    with Reading(ui.notes) as reading:
+
+        def write(piece: str) -> None:
+            reading.done()
+            if not quiet:
+                _print(piece)
+
+        return ready.generator.answer(tokens, sampling, limit, on_text=write)
+
+
+def _show_speed(outcome: Outcome) -> None:
+    typer.echo()
+    rate = f"{1e3 / outcome.tpot_ms:.1f} tokens/s, " if outcome.tpot_ms else ""
+    shifted = f", {outcome.shifted} tokens left the context" if outcome.shifted else ""
+    ui.notes.print(f"[dim]{rate}first token after {outcome.ttft_ms / 1e3:.2f} s{shifted}[/dim]")
 
 
 def run_result(outcome: Outcome, devices: list[DeviceInfo], seed: int) -> RunResult:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,6 +13,7 @@ import typer
 from homeinfer.model.records import printable
 
 _WRONG_USAGE = 2
+_INTERRUPTED = 130
 
 ModelArgument = Annotated[
     Path | None,
@@ -81,3 +84,13 @@ def wrong_usage(line: str) -> NoReturn:
     """Say what is wrong with the command line, in one line, and leave with exit code 2."""
     typer.echo(f"homeinfer: {' '.join(line.split())}", err=True)
     raise typer.Exit(_WRONG_USAGE)
+
+
+@contextlib.contextmanager
+def interruptible(remark: str = "") -> Iterator[None]:
+    """Ctrl-C meanwhile: say so, and what that means, in one line, and leave with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"homeinfer: interrupted{remark and ': '}{remark}", err=True)
+        raise typer.Exit(_INTERRUPTED) from None

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from homeinfer.engine.pipeline import DeviceInfo
+from homeinfer.engine.device_info import DeviceInfo
 
 console = Console()
 """For what a user asked to see."""

@@ -42,7 +42,7 @@ from homeinfer.cluster.wire.control import BEAT_SECONDS, PROTOCOL, Allow, Beat, 
 from homeinfer.cluster.wire.keys import own_keys
 from homeinfer.cluster.wire.secure import Secure, tcp_address
 from homeinfer.errors import HomeinferError
-from homeinfer.folders import private_folder, state_folder, weights_folder
+from homeinfer.folders import private_folder, state_folder, weights_folder, windows_folder
 
 __all__ = ["Agent", "AgentEvent", "AgentOptions", "AgentStart"]
 
@@ -86,7 +86,7 @@ class Agent:
         allowed = Allowed(frozenset((options.key, keys.public)), members)
         weights = Weights(secure, folder, options.models, listen, allowed)
         meter = Meter(folder)
-        device = Device(keys, options.n_threads, listen, windows_folder(options.windows))
+        device = Device(keys, options.n_threads, listen, plan_folder(options.windows))
         head = HeadAddress(options.hosts, options.port, options.key)
         duties: Duties
 
@@ -182,13 +182,9 @@ def listens_at(host: str, hosts: tuple[str, ...]) -> str:
     return tcp_address("::1" if "::1" in named else "127.0.0.1", "*")
 
 
-def windows_folder(named: str) -> Path:
+def plan_folder(named: str) -> Path:
     """Where a device keeps the windows of its plan, and nothing else."""
-    if named:
-        return Path(named) / "cluster"
-    from homeinfer.model.window_file import default_folder
-
-    return default_folder() / "cluster"
+    return (Path(named) if named else windows_folder()) / "cluster"
 
 
 async def _main() -> Ended:

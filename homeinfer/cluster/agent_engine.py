@@ -7,7 +7,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 _IDLE_SECONDS, _BUSY_SECONDS = 1.0, 0.02
 _BLIND_SECONDS = 0.25
 """Where the system does not tell that a process has ended, it is looked at so often."""
-_HUGE_PAGES_BYTES = 1 << 30
-"""A device with less memory free than this has none to waste on huge pages."""
-
 _GATHER_MS = 40.0
 """Nobody reads faster than so."""
 _NO_MEMORY = ("no memory", "failed to allocate", "bad_alloc", "cannot allocate")
@@ -239,7 +235,6 @@ def _start(part: Part, place: Place, windows: Windows) -> EngineProcess:
     from homeinfer.cluster.engine_process import EngineProcess
     from homeinfer.cluster.wire.peers import Keys
     from homeinfer.engine.window_spec import WindowSpec
-    from homeinfer.profiling.machine import usable_memory
 
     setup = Setup(
         name=place.name,
@@ -250,9 +245,7 @@ def _start(part: Part, place: Place, windows: Windows) -> EngineProcess:
         stream_bytes=part.stream_bytes,
         wire=part.options.wire,
     )
-    weights = sum(Path(path).stat().st_size for path in windows.paths)
-    has_room = part.stream_bytes == 0 and usable_memory() > weights + _HUGE_PAGES_BYTES
-    return EngineProcess(setup, huge_pages=has_room)
+    return EngineProcess(setup)
 
 
 def routes_of(route: Route) -> Routes:

@@ -10,7 +10,6 @@ from contextlib import closing
 from typing import Any
 
 import zmq
-import zmq.auth.thread
 
 from homeinfer.cluster.agent_jobs import Closed, FromJob, Opened, OpenEnd, Timed, TimeLink
 from homeinfer.cluster.wire.guard import Guard, count_taken, wire_bytes
@@ -29,16 +28,6 @@ _NO_ANSWER = "the other end of a link sent something that is no answer"
 _SWEPT = struct.Struct("<d")
 
 
-class _Only:
-    """zmq.auth's credentials provider: one key may connect."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key.encode()
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        return key == self._key
-
-
 def open_end(job: OpenEnd, say: Callable[[FromJob], None]) -> Closed:
     """Send back what comes, with the time that sweeping the caches took meanwhile. Raises HomeinferError."""
     with closing(_End(zmq.ROUTER, job.own)) as end:
@@ -52,7 +41,7 @@ def open_end(job: OpenEnd, say: Callable[[FromJob], None]) -> Closed:
                     break  # that was all
                 begin = time.perf_counter()
                 sweep.sum()
-                end.socket.send_multipart([sender, _SWEPT.pack(time.perf_counter() - begin), body])
+                end.send(sender, _SWEPT.pack(time.perf_counter() - begin), body)
         except _Silence:
             raise HomeinferError("nothing came over a link that was to be timed") from None
         return Closed()
@@ -66,7 +55,7 @@ def time_link(job: TimeLink) -> Timed:
             end.socket.connect(job.address)
             sweep = sweep_memory()
             times = [_undisturbed(_trips_ms(end, sweep, size)) / 2 for size in job.sizes]
-            end.socket.send(b"")  # that was all
+            end.send(b"")  # that was all
         except zmq.ZMQError as problem:
             raise HomeinferError(f"{job.to} can't be reached at {job.address}: {problem.strerror}") from None
         except _Silence:
@@ -86,11 +75,10 @@ class _End:
     def __init__(self, kind: int, own: DeviceKeys) -> None:
         self._context = zmq.Context()
         self._guard = Guard(self._context)
-        self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
         self.socket: zmq.Socket[bytes] = self._context.socket(kind)
         self.socket.curve_publickey, self.socket.curve_secretkey = own.public.encode(), own.secret.encode()
         self.socket.ipv6 = True
-        self.socket.rcvtimeo = _PATIENCE_MS
+        self.socket.rcvtimeo = self.socket.sndtimeo = _PATIENCE_MS
         self.socket.handshake_ivl = int(HANDSHAKE_SECONDS * 1000)
         self._ledger = self._guard.watch(
             self.socket, _MOST_BYTES, _MOST_HELD, listens=kind == zmq.ROUTER, most_queued=_MOST_HELD // _MOST_BYTES
@@ -98,14 +86,18 @@ class _End:
 
     def bind(self, address: str, allowed: str) -> None:
         """Listen to one key. Raises HomeinferError."""
-        self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback("probe", credentials_provider=_Only(allowed))
-        self.socket.curve_server, self.socket.zap_domain = True, b"probe"
+        self._guard.admit(self.socket, "probe", lambda key: key == allowed)
         try:
             self.socket.bind(address)
         except zmq.ZMQError as problem:
             raise HomeinferError(f"can't listen at {address} to time a link: {problem.strerror}") from None
+
+    def send(self, *frames: bytes) -> None:
+        """Raises _Silence where the other end takes nothing, as when it broke the protocol."""
+        try:
+            self.socket.send_multipart(frames)
+        except zmq.Again:
+            raise _Silence from None
 
     def received(self, n_frames: int) -> list[bytes]:
         """The next message. Raises _Silence, and HomeinferError for one of another number of frames."""
@@ -122,8 +114,6 @@ class _End:
     def close(self) -> None:
         """What was sent last still leaves, within a second."""
         self.socket.close(linger=1000)
-        if self._authenticator is not None:
-            self._authenticator.stop()
         self._guard.close()
         self._context.term()
 
@@ -140,7 +130,7 @@ def _trips_ms(end: _End, sweep: Any, nbytes: int) -> list[float]:
     while len(times) <= _TRIPS and sum(times) < 1e3 * _ENOUGH_SECONDS:
         sweep.sum()
         begin = time.perf_counter()
-        end.socket.send(body)
+        end.send(body)
         swept, back = end.received(2)
         took = time.perf_counter() - begin
         if len(swept) != _SWEPT.size or len(back) != nbytes or not 0 <= _SWEPT.unpack(swept)[0] <= took:

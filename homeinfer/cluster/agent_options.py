@@ -18,7 +18,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     name: how this device is called ("": the machine's own name; the head may add a number). host: where other devices
     reach this one ("": the address from which this one reaches the head, which is of no use on the head itself).
     models: folders in which the model's file may be. n_threads 0: one per core. state, weights, windows: folders
-    ("": folders.state_folder(), folders.weights_folder(), window_file.default_folder()).
+    ("": folders.state_folder(), folders.weights_folder(), folders.windows_folder()).
     stays: when the head says that the cluster is down, wait for it to come up again instead of ending.
     finds: ask the network (mDNS) for the head when none of its addresses answers.
     """

@@ -67,7 +67,7 @@ def cut(job: Cut, say: Say) -> Windows:
     from homeinfer.model.header import read_header
     from homeinfer.model.window_file import cut_windows, missing_bytes
 
-    header = read_header(job.model.path)
+    header = read_header(job.model.path, vocabulary=False)
     edges = check_runs(job.runs, header)
     check_held(job.model, header, edges)
     model, folder = Path(header.files[0].path), Path(job.folder)
@@ -157,7 +157,7 @@ def measure(job: MeasureDevice, say: Say) -> Profiled:
     from homeinfer.model.header import read_header
     from homeinfer.profiling.measure import ProfileOptions, measure_profile
 
-    header = read_header(job.model.path)
+    header = read_header(job.model.path, vocabulary=False)
     options = ProfileOptions(name=job.name, n_threads=job.n_threads, fresh=job.fresh)
     return Profiled(measure_profile(without_holes(header), options, lambda what, share, _: say(Share(share, what))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from homeinfer.cluster.wire.client import (
     ToClient,
     Watch,
 )
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.pipeline import DeviceInfo
+from homeinfer.engine.device_info import DeviceInfo
+from homeinfer.engine.request import Finish, Request
 from homeinfer.errors import HomeinferError
 from homeinfer.folders import state_folder
 
@@ -55,6 +56,7 @@ class ClusterClient:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._connection = Connection(folder)
+        self._asking = threading.Lock()
 
     def status(self) -> ClusterStatus:
         """How the cluster is now. Raises HomeinferError when it is gone or stuck."""
@@ -80,22 +82,24 @@ class ClusterClient:
             raise HomeinferError(done.problem)
 
     def _asked(self, question: msgspec.Struct, kind: type[_T], patience: float = ANSWER_SECONDS) -> _T:
-        if not self._connection.send(question):
-            self._connection.reopen()
+        with self._asking:
             if not self._connection.send(question):
-                raise _gone()
-        deadline = time.monotonic() + patience
-        while (left := deadline - time.monotonic()) > 0:
-            message = self._connection.receive(min(left, 1.0))
-            if isinstance(message, kind):
-                return message
-            if message is None and not self._connection.is_there():
-                raise _gone()
+                self._connection.reopen()
+                if not self._connection.send(question):
+                    raise _gone()
+            deadline = time.monotonic() + patience
+            while (left := deadline - time.monotonic()) > 0:
+                message = self._connection.receive(min(left, 1.0))
+                if isinstance(message, kind):
+                    return message
+                if message is None and not self._connection.is_there():
+                    raise _gone()
         raise HomeinferError(f"the cluster on this machine says nothing for {patience:.0f} s: it is busy or stuck")
 
     def close(self) -> None:
-        """Safe to call twice."""
-        self._connection.close()
+        """Safe to call twice. Waits for another thread's question: a socket is no two threads' at once."""
+        with self._asking:
+            self._connection.close()
 
 
 def _gone() -> HomeinferError:

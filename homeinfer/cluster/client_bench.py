@@ -12,8 +12,7 @@ import msgspec
 from homeinfer.cluster.client_connection import Connection
 from homeinfer.cluster.client_telling import Telling, new_id
 from homeinfer.cluster.wire.client import CancelAnswer, DeviceStatus, Notice, Open, Status
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.errors import HomeinferError
 
 _LOOK_SECONDS = 0.5

@@ -62,7 +62,10 @@ class Connection:
             return None
         if not self._socket.poll(max(0, round(seconds * 1e3))):
             return None
-        message = to_client(self._socket.recv())
+        try:  # libzmq announces a message that never comes where its sender was killed in the middle of it
+            message = to_client(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
         self.heard = time.monotonic()
         return message
 
@@ -93,4 +96,7 @@ def _dealer(context: zmq.Context[zmq.Socket[bytes]], cluster: RunningCluster, fo
     except (zmq.ZMQError, ValueError) as problem:
         opened.close(linger=0)
         raise HomeinferError(f"the cluster on this machine can't be reached at {cluster.address}: {problem}") from None
+    except BaseException:  # a socket left open would keep `close` waiting for ever
+        opened.close(linger=0)
+        raise
     return opened

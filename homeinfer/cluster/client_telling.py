@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from homeinfer.cluster.wire.client import AnswerDone, AnswerFailed, AskAnswer, Resume, ToClient, Tokens, Unknown
-from homeinfer.engine.generate import Finish, Request
+from homeinfer.engine.request import Finish, Request
 from homeinfer.errors import HomeinferError
 
 

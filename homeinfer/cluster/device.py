@@ -14,7 +14,7 @@ from homeinfer.cluster.teller import ModelVocabulary, Teller
 from homeinfer.cluster.wire.messages import Edits, Failure, Message, News, Prefilled, Spent, Step, Told, decode, encode
 from homeinfer.cluster.wire.rows import pack, unpack
 from homeinfer.cluster.wire.transport import Links, Peer
-from homeinfer.engine.pipeline import Remove
+from homeinfer.engine.edits import Remove
 from homeinfer.engine.window import LayerWindow
 from homeinfer.errors import HomeinferError
 

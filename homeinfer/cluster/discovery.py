@@ -3,6 +3,7 @@ head must still hold its key."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import ipaddress
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _KIND = "_homeinfer._tcp.local."
 _VIRTUAL = ("docker", "br-", "virbr", "veth", "vmnet", "vboxnet", "lxc", "lxd", "cni", "podman", "utun", "awdl", "llw")
 _MOST_HOSTS = 8
+_CLOSE_SECONDS = 5.0
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -78,7 +80,13 @@ async def announce(key: str, port: int, hosts: Sequence[str] | None = None) -> A
     try:
         yield await _registered(zeroconf, info)
     finally:
-        await zeroconf.async_close()
+        await _close(zeroconf)
+
+
+async def _close(zeroconf: AsyncZeroconf) -> None:
+    """Nobody's end waits long for a comfort."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(zeroconf.async_close(), _CLOSE_SECONDS)
 
 
 async def _registered(zeroconf: AsyncZeroconf, info: AsyncServiceInfo) -> bool:
@@ -109,7 +117,7 @@ async def find(key: str, seconds: float = 3.0) -> Found | None:
     except (Error, OSError):
         return None
     finally:
-        await zeroconf.async_close()
+        await _close(zeroconf)
 
 
 def _instance(key: str) -> str:

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from pathlib import Path
 from typing import NoReturn
@@ -134,6 +135,8 @@ def main() -> NoReturn:
         supervisor.say(Failed(str(problem)))
     except msgspec.MsgspecError as problem:
         supervisor.say(Failed(f"the engine was given what it can't read: {problem}"))
+    except Exception:
+        traceback.print_exc()  # the agent tells its last line
     # no tidy-up of llama.cpp: the process ends here, and its destructors have been seen to hang
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

@@ -33,7 +33,7 @@ SILENCE_SECONDS = 30.0
 class EngineProcess:
     """One engine process and the last things it said. Its methods never block for long."""
 
-    def __init__(self, setup: Setup, launch: tuple[str, ...] = (), *, huge_pages: bool = True) -> None:
+    def __init__(self, setup: Setup, launch: tuple[str, ...] = ()) -> None:
         """Start it in an environment of its own (runtime.engine_environment), `launch` before its command."""
         self.setup = setup
         self.address: str | None = None
@@ -49,7 +49,7 @@ class EngineProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=runtime.engine_environment(os.environ, huge_pages=huge_pages),
+            env=runtime.engine_environment(os.environ),
             start_new_session=True,  # a Ctrl-C in the terminal is the head's to deal with
         )
         self._readers = [

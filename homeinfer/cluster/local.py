@@ -14,9 +14,10 @@ from homeinfer.cluster.ring import RingPipeline
 from homeinfer.cluster.ring_start import DeviceStart, RingStart, start_ring
 from homeinfer.engine.embedding import embedding_source
 from homeinfer.engine.window_spec import WindowSpec
-from homeinfer.model.architectures import can_shift, input_scale
+from homeinfer.folders import windows_folder
+from homeinfer.model.architectures import can_shift, context_length, input_scale
 from homeinfer.model.header import Header
-from homeinfer.model.window_file import Progress, cut_windows, default_folder
+from homeinfer.model.window_file import Progress, cut_windows
 from homeinfer.model.window_plan import n_layers, split_layers
 
 _ALL_LAYERS = -1
@@ -37,12 +38,6 @@ class RingOptions(msgspec.Struct, frozen=True):
     network: bool = False
 
 
-def context_length(header: Header, wanted: int) -> int:
-    """Positions of a sequence: what was asked for, or the model's own up to 4,096."""
-    trained = int(header.arch_get("context_length", 0))
-    return wanted or min(trained or 4096, 4096)
-
-
 def threads(wanted: int) -> int:
     """Threads of an engine: what was asked for, or one per core that this process may use."""
     if wanted > 0:
@@ -56,7 +51,7 @@ def window_specs(
 ) -> list[WindowSpec]:
     """The windows' files, written where they are missing, and how to load each. Raises HomeinferError."""
     whole = len(windows) == 1
-    paths = [Path(header.files[0].path)] if whole else cut_windows(header, tuple(windows), default_folder(), progress)
+    paths = [Path(header.files[0].path)] if whole else cut_windows(header, tuple(windows), windows_folder(), progress)
     return [window_spec(header, path, first, last, options) for (first, last), path in zip(windows, paths, strict=True)]
 
 

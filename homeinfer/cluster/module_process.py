@@ -13,6 +13,7 @@ import homeinfer
 from homeinfer.errors import HomeinferError
 
 _LAST_LINES = 10
+_MOST_AT_ONCE = 1 << 16
 
 
 async def start_module(
@@ -52,9 +53,12 @@ async def give_line(process: asyncio.subprocess.Process, line: bytes) -> None:
 async def keep_last_lines(process: asyncio.subprocess.Process, said: list[bytes]) -> None:
     """Have in `said` the last lines of its standard error, until that is closed."""
     assert process.stderr is not None
-    async for line in process.stderr:
-        if line.strip():
-            said[:] = [*said[1 - _LAST_LINES :], line.strip()]
+    rest = b""
+    while chunk := await process.stderr.read(_MOST_AT_ONCE):  # not by lines: an endless one must not end the reading,
+        *lines, rest = (rest + chunk).split(b"\n")  # for which the process would wait, and its end would not be seen
+        rest = rest[-_MOST_AT_ONCE:]
+        said[:] = [*said, *(line.strip() for line in lines if line.strip())][-_LAST_LINES:]
+    said[:] = [*said, *filter(None, [rest.strip()])][-_LAST_LINES:]
 
 
 def last_line(said: list[bytes]) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 from pathlib import Path
 
 from homeinfer.cluster.planning.report import PlannedModel
 from homeinfer.errors import HomeinferError
 from homeinfer.model.cut_rules import n_layers
 from homeinfer.model.header import Header, printable
+from homeinfer.whole_file import whole_file
 
 _PART = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -56,16 +56,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises HomeinferError where that can't be."""
     check_writable(path)
     name = printable(str(path), 1000)
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(f".homeinfer-{secrets.token_hex(4)}.partial")
     try:
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(Path(os.path.realpath(path))) as file:
+            file.write(text.encode())
     except OSError as error:
         raise HomeinferError(f"{name}: it can't be written: {error.strerror}; check the path and its disk") from None

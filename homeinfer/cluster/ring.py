@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 import numpy as np
 
+from homeinfer.cluster.ring_steps import first_step, logits_of
 from homeinfer.cluster.wire.messages import (
     Ask,
     Cancel,
@@ -20,12 +21,12 @@ from homeinfer.cluster.wire.messages import (
     Told,
     decode,
     encode,
-    first_step,
-    logits_of,
 )
 from homeinfer.cluster.wire.transport import Links, Peer
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.pipeline import Batch, DeviceInfo, Floats, KvEdit
+from homeinfer.engine.device_info import DeviceInfo
+from homeinfer.engine.edits import KvEdit
+from homeinfer.engine.pipeline import Batch, Floats
+from homeinfer.engine.request import Finish, Request
 from homeinfer.errors import HomeinferError
 
 CHECK_MS = 200

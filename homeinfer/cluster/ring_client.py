@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from homeinfer.cluster.wire.messages import (
     Ask,
@@ -23,7 +22,7 @@ from homeinfer.cluster.wire.messages import (
     encode,
 )
 from homeinfer.cluster.wire.transport import Keys, Links, Peer
-from homeinfer.engine.generate import Finish, Request
+from homeinfer.engine.request import Finish, Request
 from homeinfer.errors import HomeinferError
 
 _MOST_BYTES = 1 << 20
@@ -125,7 +124,7 @@ class RingClient:
         step, answering = self._step, _Answering(signs or Signs())
         answering.signs.last_heard = time.monotonic()
         ask = Ask(self._epoch, step, 0, len(prompt), request, self._can_shift)
-        rows = np.asarray(prompt, np.int32).tobytes()
+        rows = array("i", prompt).tobytes()
         self._answers[step] = answering
         self._send(ask, rows)
         watcher = asyncio.ensure_future(self._watch(cancelled, step))

@@ -13,10 +13,11 @@ import msgspec
 
 from homeinfer.cluster.engine_messages import Hop, Pace, Routes, Setup
 from homeinfer.cluster.engine_process import EngineProcess
+from homeinfer.cluster.hops import onward
 from homeinfer.cluster.planning.plan import Wire
 from homeinfer.cluster.ring import CHECK_MS, RingPipeline, RingShape
 from homeinfer.cluster.wire.transport import Keys, Links, Peer, has_ipc, new_keys
-from homeinfer.engine.pipeline import DeviceInfo
+from homeinfer.engine.device_info import DeviceInfo
 from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 
@@ -28,8 +29,7 @@ class DeviceStart(msgspec.Struct, frozen=True):
 
     windows: what it loads, in the order of the ring. listen: where its engine takes messages ("" for a file that
     only this user can open). launch: words before the command of its engine, for other hosts. stream_bytes: memory
-    for the weights of its windows that are not resident; 0 leaves those to the page cache. huge_pages: faster, and
-    wasteful where memory is short.
+    for the weights of its windows that are not resident; 0 leaves those to the page cache.
     """
 
     name: str
@@ -37,7 +37,6 @@ class DeviceStart(msgspec.Struct, frozen=True):
     listen: str = ""
     launch: tuple[str, ...] = ()
     stream_bytes: int = 0
-    huge_pages: bool = True
 
 
 class RingStart(msgspec.Struct, frozen=True):
@@ -83,17 +82,12 @@ def routes(
 ) -> list[Routes]:
     """What each device (peers[i]) does with the messages of a ring whose windows are `hops`, (device, window)."""
     allowed = tuple(key for key in (head.public, *(peer.public for peer in peers)) if key)
-    n = len(hops)
     first, teller = hops[0][0], hops[-1][0]
     made = []
     for device in range(len(peers)):
-        mine = []
-        for hop, (owner, window) in enumerate(hops):
-            if owner == device:
-                following = hops[hop + 1][0] if hop + 1 < n else device
-                mine.append(Hop(hop, window, None if following == device else peers[following]))
+        mine = tuple(Hop(hop, i, None if to is None else peers[to]) for hop, i, to in onward(hops, device))
         start = None if first == teller else peers[first]
-        made.append(Routes(epoch, tuple(mine), n, head, start, allowed, pace or Pace()))
+        made.append(Routes(epoch, mine, len(hops), head, start, allowed, pace or Pace()))
     return made
 
 
@@ -140,7 +134,7 @@ class _Starter:
                 stream_bytes=device.stream_bytes,
                 wire=self._ring.wire,
             )
-            self._engines.append(EngineProcess(setup, device.launch, huge_pages=device.huge_pages))
+            self._engines.append(EngineProcess(setup, device.launch))
 
     def join(self, on_load: Callable[[list[float]], None]) -> RingPipeline:
         self._wait(lambda engine: engine.address is not None, lambda _shares: None)

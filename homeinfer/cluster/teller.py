@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from homeinfer.cluster.engine_messages import Routes
+from homeinfer.cluster.ring_steps import first_step, logits_of
 from homeinfer.cluster.wire.messages import (
     Ask,
     Cancel,
@@ -21,13 +22,12 @@ from homeinfer.cluster.wire.messages import (
     Spent,
     Step,
     Told,
-    first_step,
-    logits_of,
 )
-from homeinfer.engine.generate import FinishReason, Request, resumed_context
+from homeinfer.engine.generate import MOST_REPLAYED, resumed_context
 from homeinfer.engine.pipeline import Floats
+from homeinfer.engine.request import FinishReason, Request
 from homeinfer.engine.sampling import Sampler
-from homeinfer.engine.scheduler import MOST_REPLAYED, Limits, Scheduler
+from homeinfer.engine.scheduler import Limits, Scheduler
 from homeinfer.engine.tempo import Tempo
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.engine.window import LayerWindow

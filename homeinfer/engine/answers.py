@@ -9,9 +9,8 @@ from typing import Protocol
 
 import msgspec
 
-from homeinfer.engine.generate import Finish, FinishReason, Request
-from homeinfer.engine.pipeline import DeviceInfo
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.device_info import DeviceInfo
+from homeinfer.engine.request import Finish, FinishReason, Request, Sampling
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 

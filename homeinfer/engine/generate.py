@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import msgspec
 
-from homeinfer.engine.pipeline import KvEdit, Remove, Shift
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.edits import KvEdit, Remove, Shift
+from homeinfer.engine.request import Request
 from homeinfer.errors import HomeinferError
 
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-class Request(msgspec.Struct, frozen=True):
-    """How to answer: at most `limit` tokens. A full context forgets the older half of what follows the first `keep`
-    tokens. fresh: nothing that is in memory may serve. ends: the tokens that end an answer.
-
-    resumed: the last so many tokens of the prompt are the answer's own, told before the ring was made anew: they
-    count for `limit`, and the answer goes on as if it had never stopped. session: answers of one conversation share
-    it, and find each other's memory first.
-    """
-
-    sampling: Sampling
-    limit: Annotated[int, msgspec.Meta(ge=0)]
-    keep: Annotated[int, msgspec.Meta(ge=0)] = 0
-    fresh: bool = False
-    ends: tuple[int, ...] = ()
-    resumed: Annotated[int, msgspec.Meta(ge=0)] = 0
-    session: Annotated[str, msgspec.Meta(max_length=64)] = ""
-
-
-class Finish(msgspec.Struct, frozen=True):
-    """How an answer ended. reused: prompt tokens that were still in memory; shifted: tokens that left the context
-    while it was written."""
-
-    reason: FinishReason
-    reused: int
-    shifted: int
+MOST_REPLAYED = 1024
+"""Tokens of a resumed answer that go one by one where steps cost little (scheduler.Limits.replay)."""
 
 
 class Reuse(msgspec.Struct, frozen=True):

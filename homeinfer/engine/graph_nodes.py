@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from homeinfer import _native
@@ -17,9 +19,8 @@ def product_operations() -> tuple[int, int]:
 
     Raises HomeinferError when a tensor of the loaded library looks otherwise than native/tap.c was compiled for.
     """
-    ggml = _typed_ggml()
-    context = ggml.ggml_init(_InitParams(64 << 10, None, True))
-    try:
+    ggml = typed_ggml()
+    with no_memory_context(ggml, 64 << 10) as context:
         weight = ggml.ggml_new_tensor_4d(context, 1, 7, 5, 3, 1)
         inputs = ggml.ggml_new_tensor_4d(context, 0, 7, 2, 11, 1)
         chosen = ggml.ggml_new_tensor_4d(context, 26, 2, 11, 1, 1)
@@ -32,8 +33,6 @@ def product_operations() -> tuple[int, int]:
         agrees &= (of_experts[0], *of_experts[2:5]) == (0, (5, 2, 11, 1), (4, 20, 40, 440), (weight, inputs, chosen))
         agrees &= of_dense[4][:2] == (plain, inputs)
         names = [ggml.ggml_op_name(fields[1]) if agrees else b"" for fields in (of_dense, of_experts)]
-    finally:
-        ggml.ggml_free(context)
     if names != [b"MUL_MAT", b"MUL_MAT_ID"]:
         raise HomeinferError("this llama.cpp has another ggml_tensor than homeinfer knows: reinstall homeinfer")
     return of_dense[1], of_experts[1]
@@ -45,7 +44,28 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-def _typed_ggml() -> Any:
+class _GraphPlan(ctypes.Structure):
+    """struct ggml_cplan, of which only the bytes that computing needs are read; room for what may follow."""
+
+    _fields_ = (("work_size", ctypes.c_size_t), ("rest", ctypes.c_uint8 * 248))
+
+
+@contextlib.contextmanager
+def no_memory_context(ggml: Any, nbytes: int) -> Iterator[Any]:
+    """A ggml_context whose tensors have no data, with room for nbytes of their descriptions and work buffers. Raises
+    HomeinferError when there is no memory for it."""
+    context = ggml.ggml_init(_InitParams(nbytes, None, True))
+    if not context:
+        raise HomeinferError("no memory for a graph")
+    try:
+        yield context
+    finally:
+        ggml.ggml_free(context)
+
+
+@functools.cache
+def typed_ggml() -> Any:
+    """The functions of ggml that make and compute graphs, with their types."""
     ggml: Any = runtime.ggml()
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (
@@ -56,6 +76,11 @@ def _typed_ggml() -> Any:
         ("ggml_mul_mat", pointer, [pointer, pointer, pointer]),
         ("ggml_mul_mat_id", pointer, [pointer, pointer, pointer, pointer]),
         ("ggml_op_name", ctypes.c_char_p, [ctypes.c_int]),
+        ("ggml_new_tensor_2d", pointer, [pointer, ctypes.c_int, number, number]),
+        ("ggml_new_graph", pointer, [pointer]),
+        ("ggml_build_forward_expand", None, [pointer, pointer]),
+        ("ggml_graph_plan", _GraphPlan, [pointer, ctypes.c_int, pointer]),
+        ("ggml_graph_compute_with_ctx", ctypes.c_int, [pointer, pointer, ctypes.c_int]),
     ):
         function = getattr(ggml, name)
         function.restype, function.argtypes = result, arguments

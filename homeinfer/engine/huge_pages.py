@@ -1,6 +1,8 @@
-"""Huge pages for weights, where addresses are looked up faster (runtime.engine_environment says by how much).
+"""Huge pages for weights: with 4 kB pages a decode step spends 2 to 3 % of its time looking addresses up (1.2B Q4_K_M).
 
-Only whole huge pages inside large blocks of memory, so that a device short of memory loses nothing by it.
+Only whole huge pages inside large blocks of memory, so that a device short of memory loses nothing by it. Not all that
+malloc gives (glibc.malloc.hugetlb): of a context's buffers a step touches a little here and there, and that way an
+idle engine held 26 MB more.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ import contextlib
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+Block = tuple[int, int]
+"""Address and bytes."""
 
 LEAST_BYTES = 16 << 20
 _PAGE = 2 << 20
 
 
-def large_blocks(maps: str, least: int = LEAST_BYTES) -> Iterator[tuple[int, int]]:
+def large_blocks(maps: str, least: int = LEAST_BYTES) -> Iterator[Block]:
     """(address, bytes) of the private, writable blocks of at least so many bytes that belong to no file, from the text
     of /proc/PID/maps; both multiples of a huge page, inside the block."""
     for line in maps.splitlines():
@@ -29,15 +34,37 @@ def large_blocks(maps: str, least: int = LEAST_BYTES) -> Iterator[tuple[int, int
             yield start, end - start
 
 
-def ask_for_huge_pages() -> int:
+def blocks_now() -> tuple[Block, ...]:
+    """This process's large blocks; none where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(large_blocks(Path("/proc/self/maps").read_text()))
+    return ()
+
+
+def new_blocks(before: Sequence[Block], after: Sequence[Block], least: int = LEAST_BYTES) -> Iterator[Block]:
+    """What of `after` was not there before, where it is that large: the system joins neighbours to one block."""
+    for address, size in after:
+        start, end = address, address + size
+        for old, old_size in sorted(before):
+            if old + old_size <= start or old >= end:
+                continue
+            if old - start >= least:
+                yield start, old - start
+            start = old + old_size
+        if end - start >= least:
+            yield start, end - start
+
+
+def ask_for_huge_pages(before: Sequence[Block] = ()) -> int:
     """Ask the system for huge pages in this process's large blocks, where they are not in use yet. Call it when a
-    model's buffers are made and not filled. Returns the bytes asked for; 0 where there is nothing like it."""
+    model's buffers are made and not filled. before: blocks that are something else's. Returns the bytes asked for; 0
+    where there is nothing like it."""
     if sys.platform != "linux":
         return 0
     asked = 0
     with contextlib.suppress(OSError, ValueError):
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        for address, size in large_blocks(Path("/proc/self/maps").read_text()):
+        for address, size in new_blocks(before, blocks_now()):
             asked += size if madvise(address, size, mmap.MADV_HUGEPAGE) == 0 else 0
     return asked

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from homeinfer.engine.generate import Request, Reuse, common_start, plan_prefix, plan_reuse, plan_shift
-from homeinfer.engine.pipeline import KvEdit, Remove, Shift
+from homeinfer.engine.edits import KvEdit, Remove, Shift
+from homeinfer.engine.generate import Reuse, common_start, plan_prefix, plan_reuse, plan_shift
+from homeinfer.engine.request import Request
 
 
 class Slot:

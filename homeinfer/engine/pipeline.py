@@ -9,6 +9,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from homeinfer.engine.device_info import DeviceInfo
+from homeinfer.engine.edits import KvEdit
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
@@ -38,51 +41,6 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
             sequences=np.full(n, sequence, dtype=np.int32),
             wanted=wanted,
         )
-
-
-class Remove(msgspec.Struct, frozen=True, tag="remove"):
-    """Forget positions [start, end) of a sequence; end -1: to the end (llama_memory_seq_rm)."""
-
-    sequence: int
-    start: int = 0
-    end: int = -1
-
-
-class Keep(msgspec.Struct, frozen=True, tag="keep"):
-    """Forget every other sequence."""
-
-    sequence: int
-
-
-class Copy(msgspec.Struct, frozen=True, tag="copy"):
-    """Give all of `sequence` to `target` as well (llama_memory_seq_cp; of parts, [start, end), llama.cpp can't)."""
-
-    sequence: int
-    target: int
-    start: int = 0
-    end: int = -1
-
-
-class Shift(msgspec.Struct, frozen=True, tag="shift"):
-    """Add `delta` to the positions [start, end) of a sequence (llama_memory_seq_add).
-
-    Positions that a Copy shares with another sequence move there too: shift before copying.
-    """
-
-    sequence: int
-    start: int
-    end: int
-    delta: int
-
-
-KvEdit = Remove | Keep | Copy | Shift
-
-
-class DeviceInfo(msgspec.Struct, frozen=True):
-    """One device of a pipeline and the windows [first, last) it holds."""
-
-    name: str
-    windows: list[tuple[int, int]]
 
 
 class Pipeline(Protocol):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
@@ -44,19 +45,11 @@ def prepare_environment(environment: dict[str, str] | os._Environ[str] = os.envi
         environment.setdefault("KMP_BLOCKTIME", "0")
 
 
-def engine_environment(environment: Mapping[str, str], *, huge_pages: bool = True) -> dict[str, str]:
-    """The environment of an engine process: OpenMP as above, and malloc that asks for huge pages.
-
-    With 4 kB pages a decode step spends 2 to 3 % of its time looking addresses up: by that much LayerWindow is
-    faster than llama.cpp without this in scripts/bench_window.py (1.2B Q4_K_M). glibc reads its setting once, at
-    the start of a process; elsewhere than on Linux nobody does. llama.cpp's own backtraces are off: they start
-    a debugger, and what failed is in its last line. huge_pages False: malloc asks for none, for devices
-    short of memory.
-    """
+def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of an engine process: OpenMP as above. llama.cpp's own backtraces are off: they start a debugger,
+    and what failed is in its last line."""
     made = dict(environment)
     prepare_environment(made)
-    if huge_pages and "glibc.malloc.hugetlb" not in made.get("GLIBC_TUNABLES", ""):
-        made["GLIBC_TUNABLES"] = ":".join(filter(None, (made.get("GLIBC_TUNABLES"), "glibc.malloc.hugetlb=1")))
     made.setdefault("GGML_NO_BACKTRACE", "1")
     return made
 
@@ -90,7 +83,7 @@ def llama() -> ModuleType:
     prepare_environment()
     try:
         check_version(importlib.metadata.version("llama-cpp-python"))
-        from llama_cpp import llama_cpp
+        llama_cpp = _bindings("llama_cpp")
     except (importlib.metadata.PackageNotFoundError, ImportError, OSError, RuntimeError) as problem:
         raise HomeinferError(
             f"llama.cpp can't be loaded ({problem}): pip install 'llama-cpp-python=={OLDEST}'"
@@ -104,6 +97,23 @@ def llama() -> ModuleType:
     llama_cpp.llama_log_set(keep_line, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
+
+
+def _bindings(name: str) -> ModuleType:
+    """A module of llama-cpp-python, without its package's own imports: templates, caches and a database take 6 MB that
+    an idle engine would never use. Whoever imports the package itself later gets it whole."""
+    if "llama_cpp" in sys.modules:
+        return importlib.import_module(f"llama_cpp.{name}")
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None:
+        raise ImportError("there is no llama_cpp")
+    bare = ModuleType("llama_cpp")
+    bare.__path__ = list(found.submodule_search_locations or ())
+    sys.modules["llama_cpp"] = bare
+    try:
+        return importlib.import_module(f"llama_cpp.{name}")
+    finally:
+        del sys.modules["llama_cpp"]
 
 
 def recent_log() -> str:
@@ -141,9 +151,7 @@ def quiet_stderr() -> Iterator[None]:
 def ggml() -> ctypes.CDLL:
     """The ggml library beside llama.cpp's, for the tensor functions that llama_cpp does not bind."""
     llama()
-    from llama_cpp import _ggml
-
-    library: Any = _ggml.libggml
+    library: Any = _bindings("_ggml").libggml
     for name in ("ggml_get_name", "ggml_nbytes", "ggml_backend_tensor_get", "ggml_get_type_traits"):
         if not hasattr(library, name):
             raise HomeinferError(f"this llama.cpp has no {name}: pip install 'llama-cpp-python=={OLDEST}'")

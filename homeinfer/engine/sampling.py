@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 
 from homeinfer.engine import runtime
 from homeinfer.engine.pipeline import Floats
+from homeinfer.engine.request import Sampling
 from homeinfer.engine.tokenizer import Vocabulary
 from homeinfer.errors import HomeinferError
 
@@ -19,25 +19,6 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 
 _RANDOM_SEED = 0xFFFFFFFF
 """LLAMA_DEFAULT_SEED: llama.cpp takes another seed each time instead."""
-
-
-class Sampling(msgspec.Struct, frozen=True):
-    """How tokens are chosen; llama.cpp's defaults. temperature 0: always the likeliest.
-
-    The same seed gives the same text however many devices there are: choosing happens once, on the head. Each token
-    takes one number of the seed's, so that an answer can go on elsewhere.
-    """
-
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.8
-    top_k: Annotated[int, msgspec.Meta(ge=0)] = 40
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
-    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
-    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] = 1.0
-    repeat_last_n: Annotated[int, msgspec.Meta(ge=0)] = 64
-    frequency_penalty: Annotated[float, msgspec.Meta(ge=-10, le=10)] = 0.0
-    presence_penalty: Annotated[float, msgspec.Meta(ge=-10, le=10)] = 0.0
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
-    grammar: str | None = None
 
 
 def _has_penalties(s: Sampling) -> bool:

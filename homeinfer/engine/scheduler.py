@@ -14,13 +14,13 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from homeinfer.engine.generate import Finish, FinishReason, Request, makes_room
+from homeinfer.engine.edits import KvEdit
+from homeinfer.engine.generate import MOST_REPLAYED, makes_room
 from homeinfer.engine.memory_slots import Slot, choose_slot
-from homeinfer.engine.pipeline import Batch, KvEdit
+from homeinfer.engine.pipeline import Batch
+from homeinfer.engine.request import Finish, FinishReason, Request
 
 _SMALLEST_CHUNK = 32
-MOST_REPLAYED = 1024
-"""What Limits.replay is where steps cost little."""
 
 
 class Limits(msgspec.Struct, frozen=True):

@@ -6,7 +6,8 @@ the others do. Read bytes lie in anonymous memory, at most `buffer_bytes` of it,
 everything fits into the buffer, everything is read once.
 
 Routed experts are not among them: a token uses a few of many, so they are mapped, read on demand and left to the page
-cache. So is what lies outside the layers, except the output matrix, which is streamed after the last layer. Small
+cache. So is what lies outside the layers, except the output matrix, which is streamed after the last layer,
+in blocks of rows where the architecture allows that (output_rows.py). Small
 tensors (norms, biases) are read once and stay.
 
 Linux only (tried); elsewhere streamed windows are mapped ones, left to the system's page cache (not tried).
@@ -24,10 +25,13 @@ import msgspec
 from homeinfer import _native
 from homeinfer.engine import stream_file
 from homeinfer.engine.graph_nodes import product_operations
+from homeinfer.engine.output_rows import OutputMatrix
 from homeinfer.errors import HomeinferError
 from homeinfer.model.cut_rules import n_layers
+from homeinfer.model.ggml_types import TYPE_NUMBERS
 from homeinfer.model.header import Header, TensorInfo, read_header
 from homeinfer.model.layers import is_routed_expert, layer_of
+from homeinfer.model.output_blocks import block_rows
 
 if TYPE_CHECKING:
     from typing_extensions import CapsuleType
@@ -97,6 +101,8 @@ class Streamer:
         self.mappings: list[stream_file.Mapping] = []
         """Where the windows are in memory."""
         self._started = False
+        self.output: OutputMatrix | None = None
+        """Of the window that was loaded last, where it is to be used in blocks."""
 
     def load(self, path: str, takes_tokens: bool, is_last: bool, load: Callable[[str], Any]) -> Any:
         """The llama_model of a window file, loaded by `load` (path to model) without reading its weights, which are
@@ -105,7 +111,7 @@ class Streamer:
 
         Raises HomeinferError what `load` raises, and when the file can't be mapped or read.
         """
-        header = read_header(path)
+        header = read_header(path, vocabulary=False)
         if self._native is None or len(header.files) != 1:
             return load(path)
         check_tensor_layout()
@@ -120,6 +126,7 @@ class Streamer:
                 stream_file.advise_random(at, tensor.nbytes)
         groups = [placed(group, mappings) for group in stream_groups(header, takes_tokens, is_last)]
         self._windows.append(tuple(group for group, _ in groups if group.spans))
+        self.output = output_matrix(header, takes_tokens, mappings) if is_last else None
         for group, places in groups:
             if places:
                 self._add(path, group.kept, places)
@@ -241,9 +248,39 @@ def stream_groups(header: Header, takes_tokens: bool, is_last: bool) -> tuple[St
         if is_small:
             small.append(span)
         else:
-            found.append(((layer or 0, ".ffn_" in tensor.name, tensor.offset), StreamGroup((span,))))
+            parts = output_parts(header, tensor, span) if tensor.name == output else (span,)
+            found += [((layer or 0, ".ffn_" in tensor.name, part.begin), StreamGroup((part,))) for part in parts]
     streamed = tuple(group for _, group in sorted(found, key=lambda each: each[0]))
     return (StreamGroup(tuple(small), kept=True), *streamed) if small else streamed
+
+
+def output_parts(header: Header, matrix: TensorInfo, span: Span) -> tuple[Span, ...]:
+    """The output matrix's blocks of rows, or its one span where it is used as a whole."""
+    step = _rows_at_once(header, matrix) * (matrix.nbytes // matrix.shape[1])
+    if not step:
+        return (span,)
+    return tuple(Span(begin, min(begin + step, span.end)) for begin in range(span.begin, span.end, step))
+
+
+def output_matrix(header: Header, takes_tokens: bool, mappings: Sequence[stream_file.Mapping]) -> OutputMatrix | None:
+    """The output matrix that is streamed in blocks, None where it is not."""
+    matrix = header.tensor(_output(header, takes_tokens) or "")
+    rows = _rows_at_once(header, matrix) if matrix is not None else 0
+    if matrix is None or not rows:
+        return None
+    at = stream_file.place(mappings, matrix.offset, matrix.offset + matrix.nbytes)
+    if at is None:
+        return None
+    n_embd, n_rows = matrix.shape[:2]
+    return OutputMatrix(at, TYPE_NUMBERS[matrix.type], n_embd, n_rows, matrix.nbytes // n_rows, rows)
+
+
+def _rows_at_once(header: Header, matrix: TensorInfo) -> int:
+    """Rows of a block; 0 where the matrix is used as a whole: also where blocks would not be whole pages, as in files
+    other than window files, or on machines with larger pages."""
+    rows = block_rows(header)
+    row_bytes = matrix.nbytes // matrix.shape[-1]
+    return rows if (matrix.offset % stream_file.PAGE, rows * row_bytes % stream_file.PAGE) == (0, 0) else 0
 
 
 def _is_used(name: str, is_last: bool) -> bool:

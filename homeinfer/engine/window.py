@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import numpy as np
 
 from homeinfer import _native
 from homeinfer.engine import runtime
+from homeinfer.engine.edits import Copy, Keep, KvEdit, Remove, Shift
 from homeinfer.engine.embedding import map_rows
 from homeinfer.engine.gpus import one_gpu
-from homeinfer.engine.huge_pages import ask_for_huge_pages
-from homeinfer.engine.pipeline import Copy, Flags, Floats, Ints, Keep, KvEdit, Remove, Shift
+from homeinfer.engine.huge_pages import ask_for_huge_pages, blocks_now
+from homeinfer.engine.output_rows import NORM, OutputRows
+from homeinfer.engine.pipeline import Flags, Floats, Ints
 from homeinfer.engine.streaming import Streamer
 from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
@@ -53,6 +56,7 @@ class LayerWindow:
         self._streamer = None if spec.resident or spec.gpu_layers else streamer
         self._model: Any = self._load(progress)
         self._capture: CapsuleType | None = None
+        self._output: OutputRows | None = None
         self._runner: CapsuleType | None = None
         try:
             self._context = self._make_context()
@@ -77,6 +81,10 @@ class LayerWindow:
         said = ctypes.create_string_buffer(64)
         length = int(self._lib.llama_model_meta_val_str(self._model, OUTPUT_KEY.encode(), said, len(said)))
         return said.value.decode() if length > 0 else f"l_out-{self.spec.last - self.spec.first - 1}"
+
+    def _norm(self) -> str:
+        """Where the graph of the last window ends: before an output matrix that is used in blocks."""
+        return NORM if self._streamer is not None and self._streamer.output is not None else _NO_NODE
 
     def _load(self, progress: Callable[[float], bool] | None) -> Any:
         params = self._lib.llama_model_default_params()
@@ -119,13 +127,15 @@ class LayerWindow:
                 runtime.address("ggml_get_name"),
                 runtime.address("ggml_nbytes"),
                 runtime.address("ggml_backend_tensor_get"),
-                self._output_name() if not self.is_last else _NO_NODE,
+                self._output_name() if not self.is_last else self._norm(),
             )
             if self._streamer is not None:
                 self._streamer.attach(self._capture)
             callback, user = _native.capture_pointers(self._capture)
             params.cb_eval = self._lib.ggml_backend_sched_eval_callback(callback)
             params.cb_eval_user_data = user
+            if self._streamer is not None and self._streamer.output is not None and self.is_last:
+                self._output = OutputRows(self._streamer.output, spec.n_threads, callback, user)
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise HomeinferError(
@@ -142,7 +152,7 @@ class LayerWindow:
             decode=runtime.llama_address("llama_decode"),
             logits_ith=runtime.llama_address("llama_get_logits_ith"),
             context=ctypes.cast(self._context, ctypes.c_void_p).value or 0,
-            capture=None if self.is_last else self._capture,
+            capture=None if self.is_last and self._output is None else self._capture,
             capacity=spec.n_batch,
             n_embd=self.n_embd,
             n_vocab=self.n_vocab,
@@ -155,6 +165,7 @@ class LayerWindow:
             n_rows=0 if source is None else source.n_rows,
             row_bytes=0 if source is None else source.row_bytes,
             to_float=0 if source is None else runtime.to_float_address(TYPE_NUMBERS[source.type]),
+            only_wanted=self.is_last,
         )
 
     @property
@@ -194,6 +205,10 @@ class LayerWindow:
             if self.spec.n_seq > 1:
                 check_sequences(n, index)
             status, out, microseconds = _native.runner_forward(self._runner, n, index, rows)
+            if self._output is not None and not status:
+                begin = time.perf_counter()
+                out = self._output.logits(out)
+                microseconds += (time.perf_counter() - begin) * 1e6
         except ValueError as problem:
             self._after_graph()
             raise HomeinferError(f"layers {self.spec.first} to {self.spec.last - 1}: {problem}") from problem
@@ -247,14 +262,14 @@ _DECODE_ERRORS = {
 
 def _with_huge_pages(progress: Callable[[float], bool] | None) -> Callable[[float, object], bool]:
     """llama.cpp's progress callback. It is first called when the buffers are made and not filled: the moment to ask for
-    huge pages."""
-    is_first = True
+    huge pages. What is there already is no weights: other windows' buffers of which a step touches little."""
+    is_first, before = True, blocks_now()
 
     def heard(share: float, _user: object) -> bool:
         nonlocal is_first
         if is_first:
             is_first = False
-            ask_for_huge_pages()
+            ask_for_huge_pages(before)
         return progress is None or progress(share)
 
     return heard

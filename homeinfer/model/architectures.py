@@ -180,6 +180,12 @@ def is_exact(header: Header, first: int, last: int) -> bool:
     return input_scale(header, first) == 1.0 and all(factor == 1.0 for factor in moved.values())
 
 
+def context_length(header: Header, wanted: int) -> int:
+    """Positions of a sequence: what was asked for, or the model's own up to 4,096."""
+    trained = int(header.arch_get("context_length", 0))
+    return wanted or min(trained or 4096, 4096)
+
+
 def can_shift(header: Header, first: int, last: int) -> bool:
     """Whether positions in the memory of layers [first, last) can be moved: where all of them slide, the cache for the
     others is empty, and llama.cpp aborts (llama_kv_cache::set_input_k_shift)."""

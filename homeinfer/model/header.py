@@ -38,16 +38,17 @@ _SPLIT_KEYS: Final = {
 }
 
 
-def read_header(path: str | os.PathLike[str], *, allow_truncated: bool = False) -> Header:
+def read_header(path: str | os.PathLike[str], *, allow_truncated: bool = False, vocabulary: bool = True) -> Header:
     """The header of a GGUF file, of all its parts when it is one of a split model.
 
     allow_truncated accepts files that end before their tensor data does (a header without data);
-    headers themselves must be whole. Raises HomeinferError, in one line, for whatever is broken.
+    headers themselves must be whole. vocabulary False leaves out the arrays of the tokenizer, tens of megabytes that
+    processes which stay do without. Raises HomeinferError, in one line, for whatever is broken.
     """
     path = Path(path)
-    part = _read_part(path, 0)
+    part = _read_part(path, 0, vocabulary)
     is_split = _split_value(part, "split.count") > 1
-    return _checked(_read_split(path, part) if is_split else part, allow_truncated)
+    return _checked(_read_split(path, part, vocabulary) if is_split else part, allow_truncated)
 
 
 def read_header_bytes(data: memoryview | bytes, size: int | None = None, *, allow_truncated: bool = False) -> Header:
@@ -59,10 +60,10 @@ def read_header_bytes(data: memoryview | bytes, size: int | None = None, *, allo
     return _checked(header, allow_truncated)
 
 
-def _read_part(path: Path, index: int) -> Header:
+def _read_part(path: Path, index: int, vocabulary: bool) -> Header:
     with _mapped(path) as data:
         _refuse_other_formats(printable(str(path), 1000), data[:64])
-        return parse_file(data, len(data), str(path), index)
+        return parse_file(data, len(data), str(path), index, vocabulary=vocabulary)
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -109,7 +110,7 @@ def _is_text(start: bytes) -> bool:
     return lost < 4 and all(c.isprintable() or c in "\t\n\r\f\ufeff" for c in text)
 
 
-def _read_split(path: Path, part: Header) -> Header:
+def _read_split(path: Path, part: Header, vocabulary: bool) -> Header:
     """All parts of the split model that the given part belongs to (llama_get_list_splits)."""
     count = _split_value(part, "split.count")
     match = _PART_NAME.fullmatch(path.name)
@@ -127,7 +128,7 @@ def _read_split(path: Path, part: Header) -> Header:
                 f"{printable(str(part_path), 1000)}: part {index + 1} of {count} is missing; "
                 "put all parts into one directory"
             )
-        parts.append(_checked_part(_read_part(part_path, index), index, count))
+        parts.append(_checked_part(_read_part(part_path, index, vocabulary), index, count))
     return _joined(parts)
 
 

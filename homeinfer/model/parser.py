@@ -50,16 +50,19 @@ _STRING: Final = int(ValueType.STRING)
 _ARRAY: Final = int(ValueType.ARRAY)
 _BOOL: Final = int(ValueType.BOOL)
 _TYPES: Final = tuple(ValueType)
+_TOKENIZER: Final = "tokenizer."
 
 
 class Cursor:
-    """A position in the header that never passes its end; place names what is being read."""
+    """A position in the header that never passes its end; place names what is being read, and arrays of what is not
+    kept are empty."""
 
-    __slots__ = ("data", "end", "file", "place", "pos")
+    __slots__ = ("data", "end", "file", "keeps", "place", "pos")
 
     def __init__(self, data: Buffer, file: str) -> None:
         self.data = data
         self.file = file
+        self.keeps = True
         self.place = "the start of the file"
         self.pos = 0
         self.end = min(len(data), _MAX_HEADER)
@@ -95,16 +98,17 @@ class Cursor:
         return bytes(self.data[start : start + length])
 
 
-def parse_file(data: Buffer, size: int, path: str, index: int) -> Header:
+def parse_file(data: Buffer, size: int, path: str, index: int, *, vocabulary: bool = True) -> Header:
     """One GGUF file's version, sizes, metadata and tensors (gguf.cpp, gguf_init_from_reader).
 
     data holds the file's first bytes (all of the header), size is the whole file's length in bytes,
-    index becomes TensorInfo.file. Tensor data past the end of the file is not an error here: see
-    HeaderFile.truncated. Raises HomeinferError for everything else that is wrong.
+    index becomes TensorInfo.file. vocabulary: whether arrays of the tokenizer are among the metadata. Tensor data past
+    the end of the file is not an error here: see HeaderFile.truncated. Raises HomeinferError for everything else that
+    is wrong.
     """
     cursor = Cursor(data, path or "GGUF header")
     version, n_tensors, n_keys = _prologue(cursor)
-    metadata = _metadata(cursor, n_keys)
+    metadata = _metadata(cursor, n_keys, vocabulary)
     alignment = _alignment(cursor, metadata)
     rows = _tensor_table(cursor, n_tensors)
     data_offset = cursor.pos if not rows else _padded(cursor.pos, alignment)
@@ -141,7 +145,7 @@ def _prologue(cursor: Cursor) -> tuple[int, int, int]:
     return version, n_tensors, n_keys
 
 
-def _metadata(cursor: Cursor, n_keys: int) -> dict[str, MetaValue]:
+def _metadata(cursor: Cursor, n_keys: int, vocabulary: bool) -> dict[str, MetaValue]:
     metadata: dict[str, MetaValue] = {}
     for number in range(n_keys):
         cursor.place = f"metadata key {number + 1} of {n_keys}"
@@ -152,8 +156,11 @@ def _metadata(cursor: Cursor, n_keys: int) -> dict[str, MetaValue]:
         cursor.place = f"key '{printable(key)}'"
         if key in metadata:
             cursor.fail("it stands there twice")
+        cursor.keeps = vocabulary or not key.startswith(_TOKENIZER)
         metadata[key] = _value(cursor)
-    return metadata
+    if vocabulary:
+        return metadata
+    return {key: value for key, value in metadata.items() if value.item is None or not key.startswith(_TOKENIZER)}
 
 
 def _name(cursor: Cursor, length: int) -> str:
@@ -202,6 +209,8 @@ def _array(cursor: Cursor) -> MetaValue:
 
 def _numbers(cursor: Cursor, kind: int, scalar: struct.Struct, nbytes: int) -> list[Any]:
     start = cursor.take(nbytes)
+    if not cursor.keeps:
+        return []
     raw = bytes(cursor.data[start : start + nbytes])
     values: list[Any]
     if sys.byteorder == "little":
@@ -217,7 +226,7 @@ def _numbers(cursor: Cursor, kind: int, scalar: struct.Struct, nbytes: int) -> l
 
 def _strings(cursor: Cursor, count: int) -> list[str]:
     """Written out instead of calling Cursor.raw: a vocabulary holds hundreds of thousands."""
-    data, pos, end = cursor.data, cursor.pos, cursor.end
+    data, pos, end, keeps = cursor.data, cursor.pos, cursor.end, cursor.keeps
     unpack = _U64.unpack_from
     values = []
     for number in range(count):
@@ -227,7 +236,8 @@ def _strings(cursor: Cursor, count: int) -> list[str]:
         pos = start + unpack(data, pos)[0]
         if pos > end:
             cursor.fail(f"string {number + 1:,} of {count:,} runs past the end of the file", _CUT)
-        values.append(str(data[start:pos], "utf-8", "surrogateescape"))
+        if keeps:
+            values.append(str(data[start:pos], "utf-8", "surrogateescape"))
     cursor.pos = pos
     return values
 

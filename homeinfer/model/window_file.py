@@ -16,7 +16,6 @@ from typing import IO, Any
 import gguf
 import msgspec
 import numpy as np
-import platformdirs
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, ValueType
@@ -32,12 +31,6 @@ _NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EP
 
 Progress = Callable[[int], None]
 """Called with the bytes copied since the last call."""
-
-
-def default_folder() -> Path:
-    """Where window files are kept: `HOMEINFER_WINDOWS`, or windows/ in the user's cache folder."""
-    named = os.environ.get("HOMEINFER_WINDOWS")
-    return Path(named) if named else Path(platformdirs.user_cache_dir("homeinfer")) / "windows"
 
 
 def window_path(header: Header, first: int, last: int, folder: Path) -> Path:

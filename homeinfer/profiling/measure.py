@@ -16,9 +16,8 @@ import psutil
 from homeinfer.cluster.local import threads
 from homeinfer.cluster.planning.profile import DeviceProfile, Disk, Gpu
 from homeinfer.errors import HomeinferError
-from homeinfer.folders import free_bytes
+from homeinfer.folders import free_bytes, windows_folder
 from homeinfer.model.header import Header, printable
-from homeinfer.model.window_file import default_folder as windows_folder
 from homeinfer.profiling.cache import Cache
 from homeinfer.profiling.cache import default_folder as cache_folder
 from homeinfer.profiling.disk import measure_disk
@@ -30,6 +29,8 @@ from homeinfer.profiling.quiet import NOISY
 from homeinfer.profiling.timer import Timer, timer
 from homeinfer.profiling.window_times import Bench, Patience, window_costs
 
+BASE = "base 2"
+"""Under this name what does not depend on disk and model is kept."""
 _DISK_SECONDS, _MEMORY_SECONDS, _BASE_SECONDS = 6.0, 1.5, 4.0
 _BASE_PATIENCE, _MODEL_SECONDS = 5.0, 32.0
 _MOST_NAME = 64
@@ -76,7 +77,7 @@ def measure_profile(header: Header | None, options: ProfileOptions, on_progress:
     with work_folder(windows_folder()) as folder:
         run = _Run(header, options, folder, Steps(on_progress))
         disk_name = f"disk {folder.stat().st_dev}"
-        disk, base = run.cache.get(disk_name, Disk), run.cache.get("base", Base)
+        disk, base = run.cache.get(disk_name, Disk), run.cache.get(BASE, Base)
         run.steps.expect((disk is None) * _DISK_SECONDS + (base is None) * (_MEMORY_SECONDS + _BASE_SECONDS))
         with timer(_subject(header)) as process:
             gpus = process.gpus()
@@ -90,7 +91,7 @@ def measure_profile(header: Header | None, options: ProfileOptions, on_progress:
                 run.cache.put(disk_name, disk)
             if base is None:
                 base = _base(run, process)
-                run.cache.put("base", base)
+                run.cache.put(BASE, base)
             if plan is not None:
                 before = _times(run, process, plan, base)
         return _profile(run, options, disk, base, gpus, before)

@@ -107,40 +107,58 @@ def quantize_to_budget(
     with contextlib.ExitStack() as stack:
         stack.callback(partial.unlink, missing_ok=True)
         chosen = _choose(stack, header, partial, limit_bytes, rules, imatrix, text, cores, on_progress)
-        types = {name: option.type for name, option in chosen.allocation.choices.items()} | chosen.fixed
-        tensors = plan(header, types.items())
-        added = dynamic_metadata(header, types, dict(rules.metadata), limit_bytes, chosen.allocation)
         try:
-            write_rounded(
-                partial, header, types, chosen.study.known, added, cores, lambda at: on_progress("rounding", at)
-            )
-            size = partial.stat().st_size
-            if size > limit_bytes:
-                raise AssertionError(f"{size} bytes were written for a limit of {limit_bytes}")
-            measured, measured_on, problem = _measured(header, partial, cores, on_progress)
+            written = _write(chosen, partial, dict(rules.metadata), cores, on_progress)
             partial.replace(target)
         except OSError as error:
             raise cannot_be_written(path_name(target), error) from None
-    notes = (*chosen.notes, *_requantized_note(header, tensors), *problem)
-    result = DynamicResult(
-        path=os.fspath(destination),
+    result = _result(os.fspath(destination), chosen, written, time.monotonic() - began)
+    if report is not None:
+        from homeinfer.quant.dynamic_report import make_report
+
+        make_report(report, chosen, result, written.measured, asked, cores, on_progress)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A file that is complete. measured: its KLD on `measured_on`, None with the `problem` why it isn't known."""
+
+    tensors: tuple[PlannedTensor, ...]
+    size: int
+    measured: Evaluation | None
+    measured_on: str
+    problem: tuple[str, ...]
+
+
+def _write(chosen: Chosen, partial: Path, metadata: dict[str, str], threads: int, on_progress: OnStage) -> _Written:
+    """Round the weights to their types. Raises OSError where the file can't be written."""
+    header, limit = chosen.header, chosen.limit_bytes
+    types = {name: option.type for name, option in chosen.allocation.choices.items()} | chosen.fixed
+    added = dynamic_metadata(header, types, metadata, limit, chosen.allocation)
+    write_rounded(partial, header, types, chosen.study.known, added, threads, lambda at: on_progress("rounding", at))
+    size = partial.stat().st_size
+    if size > limit:
+        raise AssertionError(f"{size} bytes were written for a limit of {limit}")
+    return _Written(plan(header, types.items()), size, *_measured(header, partial, threads, on_progress))
+
+
+def _result(path: str, chosen: Chosen, written: _Written, seconds: float) -> DynamicResult:
+    measured = written.measured
+    return DynamicResult(
+        path=path,
         recipe="dynamic",
-        size_bytes=size,
-        bpw=round(8 * sum(tensor.bytes for tensor in tensors) / header.n_weights, 4),
-        seconds=round(time.monotonic() - began, 3),
-        notes=notes,
-        limit_bytes=limit_bytes,
+        size_bytes=written.size,
+        bpw=round(8 * sum(tensor.bytes for tensor in written.tensors) / chosen.header.n_weights, 4),
+        seconds=round(seconds, 3),
+        notes=(*chosen.notes, *_requantized_note(chosen.header, written.tensors), *written.problem),
+        limit_bytes=chosen.limit_bytes,
         predicted_kld=round(chosen.allocation.kld, 6),
         mean_kld=measured.mean_kld if measured else None,
         mean_kld_stderr=measured.mean_kld_stderr if measured else None,
         same_top=measured.same_top if measured else None,
-        measured_on=measured_on if measured else None,
+        measured_on=written.measured_on if measured else None,
     )
-    if report is not None:
-        from homeinfer.quant.dynamic_report import make_report
-
-        make_report(report, chosen, result, measured, asked, cores, on_progress)
-    return result
 
 
 def _choose(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from homeinfer.errors import HomeinferError
 from homeinfer.model.records import printable
 from homeinfer.quant.kld import Floats, Ints, NotFiniteError, Records, Scores, compare, pack
 from homeinfer.quant.logits_file import LogitsFile, LogitsWriter, Tokens, made_for, matching_chunks
+from homeinfer.quant.to_parent import open_to_parent
 
 _BATCH = 512
 """Tokens of a llama_decode, and so a bound for the memory that logits take."""
@@ -302,20 +302,13 @@ def _give_up(keep: bytes | None) -> None:
 
 
 def main() -> None:
-    """Messages leave through a copy of stdout; whatever libraries print goes to stderr.
-
-    Ctrl-C reaches every process of the terminal: what it means is the parent's to say.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    tell = open_to_parent()
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
     threading.Thread(target=_end_with_parent, args=(request.keep,), daemon=True).start()
 
     def send(message: Message) -> None:
         try:
-            out.write(msgspec.json.encode(message) + b"\n")
-            out.flush()
+            tell(message)
         except BrokenPipeError:
             _give_up(request.keep)
 

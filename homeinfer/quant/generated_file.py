@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy.typing as npt
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import printable
+from homeinfer.whole_file import whole_file
 
 Ints = npt.NDArray[np.int32]
 
@@ -46,19 +44,12 @@ def _bytes(mapped: np.memmap[tuple[int, ...], np.dtype[np.int32]]) -> int:
 
 def write_generated(path: Path, texts: Sequence[Ints]) -> None:
     """Keep sequences (int32, all of one length), whole or not at all. Raises HomeinferError when it can't be done."""
-    partial = path.with_name(f".homeinfer-{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             np.save(file, np.array(texts, np.int32), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as problem:
         raise HomeinferError(
             f"{printable(str(path), 1000)}: cannot be written: {problem.strerror}; free some space, or set "
             "HOMEINFER_KEPT to another folder"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

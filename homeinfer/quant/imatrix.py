@@ -24,6 +24,7 @@ from homeinfer.model.parser import parse_file
 from homeinfer.model.records import Header, TensorInfo, ValueType, printable
 from homeinfer.quant.observe import Observed, observable
 from homeinfer.quant.tensor_types import keeps_type
+from homeinfer.whole_file import whole_file
 
 Floats = npt.NDArray[np.float32]
 
@@ -240,20 +241,13 @@ def write_imatrix(path: str | os.PathLike[str], imatrix: Imatrix) -> None:
     Raises HomeinferError when it can't be written, and for an imatrix without entries.
     """
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f".homeinfer-{os.urandom(4).hex()}.partial")
     if not imatrix.entries:
         raise HomeinferError(
             f"{printable(str(path), 1000)}: the text reached no weight of this model: nothing to write"
         )
     try:
-        try:
-            with partial.open("xb") as file:
-                file.writelines(_file_parts(imatrix))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            file.writelines(_file_parts(imatrix))
     except OSError as error:
         name = printable(str(path), 1000)
         raise HomeinferError(f"{name}: the imatrix can't be written: {error.strerror}; try another folder") from None

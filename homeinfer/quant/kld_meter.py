@@ -13,7 +13,6 @@ import ctypes
 import os
 import queue
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from homeinfer.model.header import Header, printable, read_header
 from homeinfer.quant.kld import Doubles, Floats, Ints, NotFiniteError, Records, compare, pack
 from homeinfer.quant.logits_file import scored_positions
 from homeinfer.quant.mapped_model import MappedModel
+from homeinfer.quant.to_parent import open_to_parent
 
 _BATCH = 512
 """Tokens of a llama_decode, and so a bound for the memory that logits take."""
@@ -252,13 +252,7 @@ def _give_up(folder: bytes) -> None:
 
 
 def main() -> None:
-    """Messages leave through a copy of stdout; whatever libraries print goes to stderr.
-
-    Ctrl-C reaches every process of the terminal: what it means is the parent's to say.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    tell = open_to_parent()
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
         return
@@ -269,8 +263,7 @@ def main() -> None:
 
     def send(message: Message) -> None:
         try:
-            out.write(msgspec.json.encode(message) + b"\n")
-            out.flush()
+            tell(message)
         except BrokenPipeError:
             _give_up(request.folder)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -30,6 +29,7 @@ from homeinfer.quant.moments_file import Input, write_inputs
 from homeinfer.quant.observe import Ints, Mode, Observed, observe
 from homeinfer.quant.observed_file import read_observed, write_observed
 from homeinfer.quant.self_text import LENGTH, N_SEQUENCES, SEED, generate
+from homeinfer.quant.to_parent import open_to_parent
 
 _PROGRESS_SECONDS = 0.1
 
@@ -261,18 +261,7 @@ def _throttled(send: Callable[[Message], None]) -> Callable[[float], None]:
 
 
 def main() -> None:
-    """Messages leave through a copy of stdout; whatever libraries print goes to stderr.
-
-    Ctrl-C reaches every process of the terminal: what it means is the parent's to say.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def send(message: Message) -> None:
-        out.write(msgspec.json.encode(message) + b"\n")
-        out.flush()
-
+    send = open_to_parent()
     line = sys.stdin.buffer.readline()
     if not line.endswith(b"\n"):
         return

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from homeinfer.quant.report_data import CurvePoint, Measured, QuantReport, Tenso
 from homeinfer.quant.report_map import Module, bits_map, modules, total_kld
 from homeinfer.quant.report_svg import Drawing, bits_per_weight, inline, nbytes, percent, standalone, style
 from homeinfer.svg import figures, safe, text
+from homeinfer.whole_file import whole_file
 
 _SAME_SIZE = 0.01
 """Presets within this share of the file's size are of the same size."""
@@ -96,18 +96,11 @@ def write_report(path: str | os.PathLike[str], report: QuantReport) -> None:
     """Write the HTML file whole or not at all; HomeinferError where that cannot be."""
     target = Path(os.path.realpath(path))
     name = printable(os.fspath(path), 1000)
-    partial = target.with_name(f".homeinfer-{secrets.token_hex(4)}.partial")
     try:
         if target.is_dir():
             raise HomeinferError(f"{name}: this is a directory; name the report's file")
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(render(report))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            file.write(render(report).encode())
     except OSError as error:
         raise HomeinferError(
             f"{name}: the report cannot be written: {error.strerror}; name another place for it"

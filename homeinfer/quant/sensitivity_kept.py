@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy.typing as npt
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, printable
+from homeinfer.whole_file import whole_file
 
 _VERSION = 1
 _FILE = "sensitivity.json"
@@ -65,22 +63,15 @@ class KeptGroups:
         """Keep one more. Raises HomeinferError when it can't be written."""
         self._groups[group.tensors] = group
         data = msgspec.json.encode(_Kept(_VERSION, self._of, tuple(self._groups.values())))
-        partial = self._path.with_name(f".homeinfer-{secrets.token_hex(4)}.partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with whole_file(self._path) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
         except OSError as problem:
             raise HomeinferError(
                 f"{printable(str(self._path), 1000)}: cannot be written: {problem.strerror}; free some space, or "
                 "choose another folder"
             ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
 
     def _read(self, header: Header) -> tuple[MeasuredGroup, ...]:
         try:

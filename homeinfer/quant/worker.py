@@ -16,7 +16,6 @@ import importlib.util
 import io
 import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import msgspec
 from homeinfer.engine import runtime
 from homeinfer.errors import HomeinferError
 from homeinfer.quant.quantizer_messages import GO, Failed, Finished, Message, Planned, Request, Started
+from homeinfer.quant.to_parent import open_to_parent
 
 _LOG_LEVEL_ERROR = 4
 _BUFFER_BYTES = 1 << 30
@@ -176,19 +176,8 @@ def _skip_package_start() -> None:
 
 
 def main() -> None:
-    """Messages leave through a copy of stdout; whatever libraries print goes to stderr.
-
-    Ctrl-C reaches every process of the terminal: what it means is the parent's to say.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    send = open_to_parent()
     _skip_package_start()
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-
-    def send(message: Message) -> None:
-        out.write(msgspec.json.encode(message) + b"\n")
-        out.flush()
-
     try:
         _work(send)
     except HomeinferError as error:

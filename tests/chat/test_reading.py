@@ -15,7 +15,7 @@ LINE = "waiting for the first word"
 def test_a_wait_is_said_on_a_terminal_and_taken_back() -> None:
     screen = io.StringIO()
     with Reading(Console(file=screen, force_terminal=True), after=0.0) as reading:
-        wait_until(lambda: LINE in screen.getvalue(), 10.0)
+        wait_until(lambda: LINE in screen.getvalue())
         reading.done()
         reading.done()
     assert "\x1b[2K" in screen.getvalue().rsplit(LINE, 1)[1]

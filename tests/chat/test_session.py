@@ -21,11 +21,11 @@ from homeinfer.chat.session import (
     without_oldest,
 )
 from homeinfer.chat.template import ChatMessage, ChatTemplate
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.engine.answers import Generator
-from homeinfer.engine.pipeline import Remove
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.edits import Remove
+from homeinfer.engine.request import Sampling
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header

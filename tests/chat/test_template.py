@@ -7,7 +7,7 @@ import pytest
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from homeinfer.chat.template import ChatMessage, ChatTemplate, merge_system
-from homeinfer.cli.opening import default_model
+from homeinfer.cli.default_model import default_model
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, MetaValue, ValueType, read_header

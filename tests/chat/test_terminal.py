@@ -18,7 +18,7 @@ from homeinfer.chat.session import Turn
 from homeinfer.chat.terminal import CommandCompleter, joined_lines, make_prompt, turn_text
 from homeinfer.chat.text import for_terminal
 from homeinfer.engine.answers import Outcome
-from homeinfer.engine.generate import FinishReason
+from homeinfer.engine.request import FinishReason
 from homeinfer.errors import HomeinferError
 
 Typed = Callable[[str], str]

@@ -14,7 +14,7 @@ from homeinfer.cli import cluster_bench
 from homeinfer.cli.cluster_bench import BenchResult, Compared, compared_line, measure, plan_steps, show
 from homeinfer.cluster.client_bench import Timed, shares, together_per_s
 from homeinfer.cluster.wire.client import AnswerDone, AskAnswer, DeviceStatus, FromClient, Tokens
-from homeinfer.engine.generate import Finish
+from homeinfer.engine.request import Finish
 from homeinfer.errors import HomeinferError
 from tests.support.scripted_coordinator import ScriptedCoordinator, ready_status
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pty
 import re
 import signal
 import struct
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pseudo_terminal import Terminal
 
 from homeinfer.chat.session import load_conversation
 
@@ -41,50 +41,18 @@ def piped(folder: Path, said: bytes, *options: str) -> subprocess.CompletedProce
     )
 
 
-class Terminal:
+class Chat(Terminal):
     """`homeinfer chat` in a terminal of its own."""
 
     def __init__(self, folder: Path, grammar: str) -> None:
         (folder / "grammar.gbnf").write_text(grammar)
-        self._master, self._slave = pty.openpty()
-        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-        self.settings = termios.tcgetattr(self._slave)
-        self.process = subprocess.Popen(
-            [*HOMEINFER, *SMALL, "--grammar", str(folder / "grammar.gbnf")],
-            stdin=self._slave,
-            stdout=self._slave,
-            stderr=self._slave,
-            env=environment(folder),
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.set_blocking(self._master, False)
-        self.shown = b""
-        self._seen = 0
-
-    def type(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
+        super().__init__([*HOMEINFER, *SMALL, "--grammar", str(folder / "grammar.gbnf")], environment(folder), rows=24)
 
     def see(self, pattern: str) -> str:
-        """Wait for what has not been seen yet, without the escape sequences around it."""
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            self._read()
-            text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.shown[self._seen :].decode("utf-8", "replace"))
-            if re.search(pattern, text):
-                self._seen = len(self.shown)
-                return text
-            time.sleep(0.02)
-        raise AssertionError(f"{pattern!r} was not seen after {self.shown[self._seen :]!r}")
-
-    def _read(self) -> None:
-        try:
-            while data := os.read(self._master, 65536):
-                self.shown += data
-                # where is the cursor? prompt_toolkit asks, and shows the line at the bottom when it knows
-                os.write(self._master, b"\x1b[1;1R" * data.count(b"\x1b[6n"))
-        except BlockingIOError:
-            pass
+        """Wait for what comes after all that is shown now: an endless answer says the same again and again."""
+        seen = super().see(pattern)
+        self.skip()
+        return seen
 
     @property
     def engine(self) -> psutil.Process:
@@ -93,33 +61,24 @@ class Terminal:
 
     def left(self) -> int:
         """Wait for the end: the exit code. The terminal must be as it was before."""
-        code = self.process.wait(PATIENCE)
-        self._read()
-        assert termios.tcgetattr(self._slave) == self.settings
+        code = self.ends()
+        assert termios.tcgetattr(self.device) == self.settings
         return code
 
     def unread(self) -> int:
         """Bytes typed that the next program would get."""
         held = self.settings.copy()
         held[3] &= ~termios.ICANON
-        termios.tcsetattr(self._slave, termios.TCSANOW, held)
-        (n,) = struct.unpack("i", fcntl.ioctl(self._slave, termios.FIONREAD, b"\0" * 4))
+        termios.tcsetattr(self.device, termios.TCSANOW, held)
+        (n,) = struct.unpack("i", fcntl.ioctl(self.device, termios.FIONREAD, b"\0" * 4))
         return int(n)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self._master)
-        os.close(self._slave)
 
 
 @pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Terminal]:
+def terminal(tmp_path: Path) -> Iterator[Chat]:
     """A chat whose answers do not end."""
-    opened = Terminal(tmp_path, ENDLESS)
-    yield opened
-    opened.close()
+    with Chat(tmp_path, ENDLESS) as opened:
+        yield opened
 
 
 def test_lines_of_a_pipe_are_answered_until_exit(tmp_path: Path) -> None:
@@ -166,7 +125,7 @@ def test_what_can_not_work_is_one_line(tmp_path: Path, options: list[str], reaso
     assert re.search(rf"(\A|\n)homeinfer: [^\n]*{reason}[^\n]*\n\Z", done.stderr.decode())
 
 
-def test_talking_in_a_terminal(terminal: Terminal) -> None:
+def test_talking_in_a_terminal(terminal: Chat) -> None:
     terminal.see("loading")
     terminal.type("hi\r")
     terminal.see("on and on and")
@@ -176,7 +135,7 @@ def test_talking_in_a_terminal(terminal: Terminal) -> None:
     terminal.see("on and on and")
     terminal.type("typed ahead")
     terminal.see("on and on and")
-    assert "typed ahead" not in terminal.shown.decode(), "keys were shown in the middle of an answer"
+    assert "typed ahead" not in terminal.text, "keys were shown in the middle of an answer"
     os.killpg(terminal.process.pid, signal.SIGINT)
     terminal.see(r"stopped[\s\S]*>[\s\S]*typed ahead")
     terminal.type("\x03/sta\t")
@@ -189,7 +148,7 @@ def test_talking_in_a_terminal(terminal: Terminal) -> None:
     assert terminal.left() == 0
 
 
-def test_an_engine_that_dies_is_one_line_and_the_conversation_is_saved(terminal: Terminal) -> None:
+def test_an_engine_that_dies_is_one_line_and_the_conversation_is_saved(terminal: Chat) -> None:
     terminal.see("/help for commands")
     terminal.type("hi\r")
     terminal.see("on and on and")
@@ -203,7 +162,7 @@ def test_an_engine_that_dies_is_one_line_and_the_conversation_is_saved(terminal:
     assert [m.role for m in load_conversation(Path(named[1])).messages] == ["user", "assistant"]
 
 
-def test_control_c_leaves_at_last_when_an_engine_hangs(terminal: Terminal) -> None:
+def test_control_c_leaves_at_last_when_an_engine_hangs(terminal: Chat) -> None:
     terminal.see("/help for commands")
     terminal.type("hi\r")
     terminal.see("on and on and")
@@ -220,8 +179,7 @@ def test_control_c_leaves_at_last_when_an_engine_hangs(terminal: Terminal) -> No
 
 
 def test_a_model_can_not_command_the_terminal(tmp_path: Path) -> None:
-    terminal = Terminal(tmp_path, CLIPBOARD)
-    try:
+    with Chat(tmp_path, CLIPBOARD) as terminal:
         terminal.see("/help for commands")
         terminal.type("hi\r")
         terminal.see(r"a\]52;c;aGk=b\s+[\d.]+ tokens/s")
@@ -229,5 +187,3 @@ def test_a_model_can_not_command_the_terminal(tmp_path: Path) -> None:
         terminal.type(f"/save {tmp_path}/talk.json\r/exit\r")
         assert terminal.left() == 0
         assert load_conversation(tmp_path / "talk.json").messages[1].content.startswith("a\x1b]52;c;aGk=\x07b\r")
-    finally:
-        terminal.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+from pseudo_terminal import Terminal
 
 from homeinfer.cli.run import RunResult
 from homeinfer.cluster.planning.model_shape import model_shape
@@ -23,7 +24,6 @@ from homeinfer.cluster.planning.profile import VERSION, Network, ProfileFile
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.wire.client import ClusterStatus
 from homeinfer.model.header import read_header
-from tests.cli.cluster_terminal import Terminal
 from tests.support.processes import wait_until
 from tests.support.profiles import Machine, device_of
 

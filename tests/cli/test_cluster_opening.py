@@ -15,8 +15,7 @@ from homeinfer.cli.cluster_opening import is_same_model, opened_cluster, using_l
 from homeinfer.cli.opening import opened
 from homeinfer.cluster.local import RingOptions
 from homeinfer.cluster.wire.client import AnswerDone, AskAnswer, FromClient, Notice, Tokens
-from homeinfer.engine.generate import Finish
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Finish, Sampling
 from homeinfer.errors import HomeinferError
 from tests.support.scripted_coordinator import ScriptedCoordinator, ready_status
 

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -16,10 +12,10 @@ import pytest
 from homeinfer.quant.evaluate import Evaluation
 from homeinfer.quant.logits_file import is_logits_file
 from tests.cli.conftest import Homeinfer
+from tests.support.commands import ENVIRONMENT, HOMEINFER, ran
+from tests.support.processes import have_ended, wait_until
 from tests.support.tiny_models import make_tiny_model
 
-HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "evaluate"]
-ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
 SHORT = ("--ctx", "32", "--chunks", "2", "--threads", "1")
 
 
@@ -35,33 +31,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(*arguments: str | Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
-    def limit() -> None:
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    return subprocess.run(
-        [*HOMEINFER, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=ENVIRONMENT,
-        preexec_fn=limit,
-    )
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    return ran("evaluate", *arguments, largest_file=largest_file)
 
 
 def start_and_wait_for_logits(folder: Path, output: Path) -> subprocess.Popen[str]:
     """An evaluation that is keeping logits, in a session of its own as a terminal would have it."""
     process = subprocess.Popen(
-        [*HOMEINFER, str(folder / "model.gguf"), "--reference", str(folder / "reference.gguf"), "--ctx", "64",
-         "--text", str(folder / "long.txt"), "--keep-logits", str(output / "kept.logits"), "--threads", "1"],
+        [*HOMEINFER, "evaluate", str(folder / "model.gguf"), "--reference", str(folder / "reference.gguf"),
+         "--ctx", "64", "--text", str(folder / "long.txt"), "--keep-logits", str(output / "kept.logits"),
+         "--threads", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -141,7 +119,7 @@ def test_logits_that_can_not_be_written_to_their_end_are_removed(folder: Path, t
 def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     process = start_and_wait_for_logits(folder, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err == "homeinfer: interrupted\n"
     assert list(tmp_path.iterdir()) == []
@@ -152,8 +130,8 @@ def test_evaluation_ends_and_cleans_up_when_its_parent_is_killed(folder: Path, t
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 1
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     wait_until(lambda: list(tmp_path.iterdir()) == [])
-    psutil.wait_procs(workers, timeout=20)
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    psutil.wait_procs(workers, timeout=60)
+    assert have_ended(workers)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,17 +17,13 @@ from homeinfer.model.header import read_header
 from homeinfer.quant.imatrix import check_matches, read_imatrix
 from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
-from tests.support.processes import running, wait_until
+from tests.support.commands import HOMEINFER, ran
+from tests.support.processes import have_ended, running, wait_until
 from tests.support.tiny_models import make_tiny_model
-
-HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "imatrix"]
-ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
 
 
 def imatrix(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*HOMEINFER, *arguments], capture_output=True, text=True, check=False, timeout=60, env=ENVIRONMENT
-    )
+    return ran("imatrix", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -124,20 +119,20 @@ def test_a_missing_output_is_wrong_usage(mixture: Path, homeinfer: Homeinfer) ->
 
 
 def test_ctrl_c_leaves_nothing_behind(smollm2_path: Path, tmp_path: Path, temp_folder: Path) -> None:
-    arguments = [*HOMEINFER, str(smollm2_path), "-o", str(tmp_path / "i.gguf"), "--threads", "1"]
+    arguments = [*HOMEINFER, "imatrix", str(smollm2_path), "-o", str(tmp_path / "i.gguf"), "--threads", "1"]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         parent = psutil.Process(process.pid)
         wait_until(lambda: bool(running("homeinfer.quant.observer_process", parent.pid)))
         children = parent.children()
-        time.sleep(1.5)
+        time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
     assert said == "homeinfer: interrupted: nothing was written\n"
-    wait_until(lambda: not any(child.is_running() for child in children))
+    wait_until(lambda: have_ended(children))
     assert not list(tmp_path.iterdir())
     assert not list(temp_folder.iterdir())
 

@@ -12,6 +12,7 @@ import pytest
 
 from homeinfer.cluster.planning.profile import VERSION, Disk, ProfileFile
 from homeinfer.cluster.profiles_file import read_device_profiles
+from homeinfer.profiling import measure
 from homeinfer.profiling.cache import Cache
 from homeinfer.profiling.machine import this_machine
 from homeinfer.profiling.measure import Base
@@ -27,7 +28,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows_folder: Pa
     """A cache that knows this machine: measuring is what tests/profiling does."""
     monkeypatch.setenv("HOMEINFER_PROFILES", str(tmp_path / "profiles"))
     cache = Cache(this_machine(), 1, tmp_path / "profiles")
-    cache.put("base", BASE)
+    cache.put(measure.BASE, BASE)
     cache.put(f"disk {windows_folder.stat().st_dev}", DISK)
     return tmp_path
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -42,11 +44,11 @@ def environment(kept: Path | None = None) -> dict[str, str]:
 
 
 def run(arguments: list[str], kept: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60, env=environment(kept))
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300, env=environment(kept))
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.003)
@@ -74,6 +76,8 @@ def children_of(process: subprocess.Popen[str], module: str) -> list[psutil.Proc
 def test_ctrl_c_leaves_nothing_behind(model: Path, text: Path, tmp_path: Path, stage: str) -> None:
     kept, out = tmp_path / "kept", tmp_path / "out"
     out.mkdir()
+    if stage == "errors":  # what comes before was measured by the test above, and is taken from there
+        shutil.copytree(os.environ["HOMEINFER_KEPT"], kept, ignore=shutil.ignore_patterns("errors.jsonl"))
     process = subprocess.Popen(
         command(model, out, text, "--bpw", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(None if stage == "evaluator" else kept), start_new_session=True,
@@ -83,7 +87,7 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, text: Path, tmp_path: Path, s
     else:
         wait_until(lambda: bool(children_of(process, f"homeinfer.quant.{stage}_process")))
     os.killpg(process.pid, signal.SIGINT)
-    told, said = process.communicate(timeout=20)
+    told, said = process.communicate(timeout=60)
     assert (process.returncode, told, said) == (130, "", "homeinfer: interrupted: nothing was written\n")
     assert list(out.iterdir()) == []
     assert not list(kept.rglob("*.partial"))
@@ -99,20 +103,25 @@ def test_a_killed_child_is_one_line(model: Path, text: Path, tmp_path: Path) -> 
     wait_until(lambda: bool(children_of(process, "homeinfer.quant.observer_process")))
     for child in children_of(process, "homeinfer.quant.observer_process"):
         child.kill()
-    told, said = process.communicate(timeout=20)
+    told, said = process.communicate(timeout=60)
     assert (process.returncode, told, said.count("\n")) == (1, "", 1)
     assert "the process that ran the model was killed" in said
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize(("full", "kilobytes"), [("kept", 16), ("kept", 200), ("kept", 1500), ("out", 256)])
-def test_a_full_disk_is_one_line(model: Path, text: Path, tmp_path: Path, full: str, kilobytes: int) -> None:
-    """In a mount namespace of its own, with a small disk for what is measured, or for the output."""
-    for name in ("kept", "out"):
-        (tmp_path / name).mkdir()
-    mount = f"mount -t tmpfs -o size={kilobytes}k none {shlex.quote(str(tmp_path / full))}"
-    quantize = shlex.join(command(model, tmp_path / "out", text, "--bpw", "5"))
-    script = f"{mount} && {quantize}; echo $?; ls -A {shlex.quote(str(tmp_path / 'out'))}"
-    ran = run(["unshare", "-rm", "sh", "-c", script], tmp_path / "kept" if full == "kept" else None)
-    assert (ran.stdout, ran.stderr.count("\n")) == ("1\n", 1)
-    assert any(words in ran.stderr for words in ("No space left", "too full", "HOMEINFER_KEPT"))
+def test_a_full_disk_is_one_line(model: Path, text: Path, tmp_path: Path) -> None:
+    """In mount namespaces of their own, with a small disk for what is measured, or for the output."""
+
+    def told(full: str, kilobytes: int) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path / f"{full}-{kilobytes}"
+        for name in ("kept", "out"):
+            (folder / name).mkdir(parents=True)
+        mount = f"mount -t tmpfs -o size={kilobytes}k none {shlex.quote(str(folder / full))}"
+        quantize = shlex.join(command(model, folder / "out", text, "--bpw", "5"))
+        script = f"{mount} && {quantize}; echo $?; ls -A {shlex.quote(str(folder / 'out'))}"
+        return run(["unshare", "-rm", "sh", "-c", script], folder / "kept" if full == "kept" else None)
+
+    with ThreadPoolExecutor(2) as pool:  # each uses one core
+        for ran in pool.map(told, ("kept", "kept", "kept", "out"), (16, 200, 1500, 256)):
+            assert (ran.stdout, ran.stderr.count("\n")) == ("1\n", 1)
+            assert any(words in ran.stderr for words in ("No space left", "too full", "HOMEINFER_KEPT"))

@@ -47,7 +47,9 @@ def test_a_head_with_another_key_hears_nothing_and_the_user_a_clear_line(tmp_pat
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
-def test_a_device_that_is_not_registered_hears_nothing(tmp_path: Path) -> None:
+def test_a_device_that_is_not_registered_hears_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_connection, "LOST_SECONDS", 0.3)
+
     async def test() -> None:
         async with a_head(tmp_path / "head", is_allowed=lambda _key: False) as head:
             async with an_agent(agent_options(head, tmp_path / "desk")) as (_, events):
@@ -84,12 +86,15 @@ def test_a_head_that_listens_already_but_says_nothing_may_be_starting(reached: a
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
-def test_what_listens_and_is_silent_is_not_called_another_head(tmp_path: Path) -> None:
+def test_what_listens_and_is_silent_is_not_called_another_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_connection, "LOST_SECONDS", 0.3)
+
     async def test() -> None:
         async with a_head(tmp_path / "head") as head:
             options = agent_options(head, tmp_path / "desk")
-        silent = await asyncio.start_server(lambda _r, _w: None, HERE, options.port)
-        async with silent, an_agent(options) as (_, events):
+        silent = await asyncio.start_server(lambda _r, _w: None, HERE, 0)
+        its = msgspec.structs.replace(options, port=silent.sockets[0].getsockname()[1])
+        async with silent, an_agent(its) as (_, events):
             assert "the head may be starting, or busy" in await complaint(events)
 
     asyncio.run(asyncio.wait_for(test(), 30))

@@ -20,7 +20,7 @@ from homeinfer.cluster.agent_options import AgentOptions, AgentStart, Ended
 from homeinfer.cluster.wire import control
 from homeinfer.model.header import read_header
 from homeinfer.model.window_plan import n_layers
-from tests.support.processes import engines
+from tests.support.processes import engines, have_ended
 from tests.support.scripted_head import Head, a_head, agent_options, part_of, tiny_model
 
 
@@ -78,8 +78,8 @@ def test_an_agent_that_ends_leaves_nothing_behind(tmp_path: Path, how: str) -> N
                     await head.expect(control.Bye)
                     assert await last_word(process) == Ended("stopped")
                     assert await process.wait() == 0
-                await asyncio.to_thread(psutil.wait_procs, [engine], 10)
-                assert not engine.is_running()
+                await asyncio.to_thread(psutil.wait_procs, [engine], 30)
+                assert have_ended([engine])
                 assert running_agent(Path(options.state)) is None
             left = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
             assert left <= {"state", "weights", "windows"}

@@ -25,7 +25,7 @@ from homeinfer.folders import free_bytes
 from homeinfer.model.header import Header, read_header
 from homeinfer.profiling.cache import Cache
 from homeinfer.profiling.machine import this_machine
-from homeinfer.profiling.measure import Base
+from homeinfer.profiling.measure import BASE, Base
 from homeinfer.profiling.model_times import ModelTimes, timing_plan
 from tests.support.scripted_head import HERE, a_head, agent_options, an_agent, tiny_model
 
@@ -38,7 +38,7 @@ def measured_before(header: Header, windows: Path, profiles: Path) -> None:
     times = tuple(KindTimes(kind, place, 0.1, 0.2, 3.0) for kind in kinds for place in ("resident", "mapped"))
     windows.mkdir(parents=True)
     cache.put(f"disk {windows.stat().st_dev}", disk)
-    cache.put("base", Base(1e10, 90_000_000, 0.2, 0.1, 1e9, 0.01, is_disturbed=False))
+    cache.put(BASE, Base(1e10, 90_000_000, 0.2, 0.1, 1e9, 0.01, is_disturbed=False))
     cache.put(timing_plan(header, (), free_bytes(windows)).name, ModelTimes(times, 0.01, is_disturbed=False))
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.cluster.ring import RingPipeline
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.pipeline import Batch, Remove
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.edits import Remove
+from homeinfer.engine.pipeline import Batch
+from homeinfer.engine.request import Finish, Request, Sampling
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import read_header
 

@@ -114,5 +114,6 @@ def test_a_connection_without_encryption_is_found_by_its_greeting(is_encrypted: 
             connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03")
             greeting = b""
             while len(greeting) < 64:
-                greeting += connection.recv(64)
+                greeting += (came := connection.recv(64))
+                assert came
     assert bool(search_all(cut(greeting, 7), UNENCRYPTED)) is not is_encrypted

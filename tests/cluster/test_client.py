@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -27,9 +26,9 @@ from homeinfer.cluster.wire.client import (
     Tokens,
     Unknown,
 )
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Finish, Request, Sampling
 from homeinfer.errors import HomeinferError
+from tests.support.processes import wait_until
 from tests.support.scripted_coordinator import Script, ScriptedCoordinator, ready_status
 
 REQUEST = Request(Sampling(temperature=0), limit=8)
@@ -204,10 +203,7 @@ def test_an_answer_that_is_interrupted_is_cancelled_at_the_cluster(temp_folder: 
 
     with closing(ClusterTeller(temp_folder, head.status)) as teller, pytest.raises(KeyboardInterrupt):
         teller.tell(PROMPT, REQUEST, interrupt, lambda: False)
-    deadline = time.monotonic() + 10
-    while not any(isinstance(message, CancelAnswer) for message in head.heard):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: any(isinstance(message, CancelAnswer) for message in head.heard))
 
 
 def test_a_question_to_a_head_that_has_gone_meanwhile_is_said_to_wait(

@@ -9,7 +9,7 @@ from pathlib import Path
 from homeinfer.cluster.engine_messages import Pace
 from homeinfer.cluster.local import RingOptions
 from homeinfer.model.header import read_header
-from tests.support.async_ring import AsyncRing, async_ring, greedy
+from tests.support.async_ring import AsyncRing, async_ring, greedy, until
 
 OPTIONS = RingOptions(n_ctx=128, n_batch=64, n_seq=2, n_threads=1)
 TWO = [[(0, 10), (20, 30)], [(10, 20)]]
@@ -54,8 +54,7 @@ def test_a_token_is_not_kept_back_while_another_prompt_is_read(smollm2_path: Pat
             ending = asyncio.Event()
             first = ring.client.answer(PROMPTS[0], greedy(110), lambda tokens: came.append(len(tokens)), ending)
             running = asyncio.ensure_future(first)
-            while not came:
-                await asyncio.sleep(0.001)
+            await until(lambda: bool(came), ring.engines)
             before = len(came)
             await told(ring, list(range(100, 200)), 1)
             ending.set()

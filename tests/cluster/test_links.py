@@ -6,7 +6,6 @@ import threading
 import time
 
 import zmq
-import zmq.auth.thread
 
 from homeinfer.cluster.agent_jobs import Closed, OpenEnd, TimeLink
 from homeinfer.cluster.agent_links import open_end, time_link

@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from homeinfer.cluster.ring import RingPipeline, RingShape
+from homeinfer.cluster.ring_steps import first_step, logits_of
 from homeinfer.cluster.wire.messages import (
     Ask,
     Cancel,
@@ -27,14 +28,12 @@ from homeinfer.cluster.wire.messages import (
     Told,
     decode,
     encode,
-    first_step,
     is_split,
-    logits_of,
 )
 from homeinfer.cluster.wire.transport import Links, Peer, send
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.pipeline import Batch, Copy, Floats, Keep, Remove, Shift
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.edits import Copy, Keep, Remove, Shift
+from homeinfer.engine.pipeline import Batch, Floats
+from homeinfer.engine.request import Finish, Request, Sampling
 from homeinfer.errors import HomeinferError
 
 counts = st.integers(0, 1 << 20)

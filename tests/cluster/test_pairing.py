@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import zmq.asyncio
 
+from homeinfer.cluster import pairing
 from homeinfer.cluster.members import Member, Members
 from homeinfer.cluster.pairing import (
     MOST_BYTES,
@@ -319,7 +320,9 @@ def test_the_codes_second_address_serves_where_the_first_does_not(tmp_path: Path
     with_head(tmp_path, test, hosts=("127.0.0.99", "127.0.0.1"))
 
 
-def test_addresses_that_all_refuse_are_not_waited_for() -> None:
+def test_addresses_that_all_refuse_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairing, "_PATIENCE_SECONDS", 0.3)
+
     async def test() -> None:
         with system_socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
@@ -330,18 +333,22 @@ def test_addresses_that_all_refuse_are_not_waited_for() -> None:
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
-def test_an_address_that_refuses_does_not_end_the_search_at_another_one(tmp_path: Path) -> None:
+def test_an_address_that_refuses_does_not_end_the_search_at_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairing, "_PATIENCE_SECONDS", 0.3)
+
     async def test(head: Head) -> None:
         code = await head.desk.open()
         head.desk.close()
         await refused(code.port)
-        pairing = asyncio.create_task(
+        asking = asyncio.create_task(
             pair(msgspec.structs.replace(code, hosts=("127.0.0.1", "head.invalid")), fresh_keys(), "laptop")
         )
-        await asyncio.sleep(2.5)
-        assert not pairing.done()
-        pairing.cancel()
-        await asyncio.gather(pairing, return_exceptions=True)
+        await asyncio.sleep(1)
+        assert not asking.done()
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
 
     with_head(tmp_path, test)
 

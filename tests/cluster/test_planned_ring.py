@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from homeinfer import folders
 from homeinfer.cluster.engine_messages import Hop
 from homeinfer.cluster.local import RingOptions, most_logits
 from homeinfer.cluster.planned import device_windows
 from homeinfer.cluster.planning.plan import Ring, Window
 from homeinfer.cluster.ring_start import DeviceStart, RingStart, routes, start_ring
 from homeinfer.cluster.wire.transport import Peer
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
-from homeinfer.model.window_file import default_folder
 
 GREEDY = Sampling(temperature=0)
 PROMPT = list(range(1000, 1024))
@@ -46,7 +45,7 @@ def answer(
     devices = tuple(
         DeviceStart(
             name,
-            device_windows(header, ring, name, OPTIONS, default_folder()),
+            device_windows(header, ring, name, OPTIONS, folders.windows_folder()),
             stream_bytes=stream_bytes,
         )
         for name in dict.fromkeys(window.device for window in ring.windows)

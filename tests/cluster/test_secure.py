@@ -22,9 +22,9 @@ from homeinfer.cluster.wire.secure import (
     sender_host,
     sender_key,
     tcp_address,
-    zap_reply,
 )
 from homeinfer.cluster.wire.transport import new_keys
+from homeinfer.cluster.wire.zap import zap_reply
 from homeinfer.errors import HomeinferError
 
 ANYWHERE = "tcp://127.0.0.1:*"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from homeinfer.cluster.local import RingOptions, window_specs
-from homeinfer.engine.pipeline import Shift
+from homeinfer.engine.edits import Shift
 from homeinfer.engine.window import LayerWindow
 from homeinfer.errors import HomeinferError
 from homeinfer.model.architectures import can_shift

@@ -16,7 +16,7 @@ from homeinfer.errors import HomeinferError
 from homeinfer.model.window_file import cut_windows
 from tests.cluster.weights_peers import SLOW, LyingStore, Model, assert_right, empty, full, peers, run, until
 
-IMPATIENT = Patience(silence=0.7, retry=0.2, give_up=10.0)
+IMPATIENT = Patience(silence=1.2, retry=0.2, give_up=20.0)
 
 
 @pytest.fixture(scope="module")

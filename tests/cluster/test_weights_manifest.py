@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 import msgspec
@@ -51,6 +52,14 @@ def test_a_model_is_read_once(model: Path, tmp_path: Path) -> None:
     assert first[-1] == 1.0
     assert len(first) > 2
     assert second == [1.0]
+
+
+def test_reading_that_is_stopped_ends_early_and_is_no_manifest(model: Path, tmp_path: Path) -> None:
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(HomeinferError, match="was not read to its end"):
+        make_manifest(read_header(model), folder=tmp_path / "weights", stopped=stopped)
+    assert make_manifest(read_header(model), folder=tmp_path / "weights").tensors
 
 
 def test_a_changed_model_is_read_again_even_with_its_old_time(model: Path, tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def test_what_a_killed_process_left_is_removed(manifest: Manifest, tmp_path: Pat
     store.know(manifest)
     store.close()
     [folder] = (tmp_path / "weights" / "models").iterdir()
-    left_over = folder / ".have.msgpack-0badcafe.part"
+    left_over = folder / ".homeinfer-0badcafe.partial"
     left_over.write_bytes(b"half")
     store.know(manifest)
     assert not left_over.exists()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 
-from homeinfer.engine.huge_pages import LEAST_BYTES, ask_for_huge_pages, large_blocks
+from homeinfer.engine.huge_pages import LEAST_BYTES, ask_for_huge_pages, blocks_now, large_blocks, new_blocks
 
 MAPS = """\
 55e000000000-55e002000000 r--p 00000000 08:01 77    /usr/bin/python
@@ -21,9 +22,19 @@ def test_only_large_private_blocks_of_no_file_count_and_whole_huge_pages_of_them
     assert list(large_blocks(MAPS)) == [(0x7F0000200000, 0x7F0003000000 - 0x7F0000200000)]
 
 
+def test_blocks_that_were_there_before_are_left_out_also_where_new_ones_have_joined_them() -> None:
+    mb = 1 << 20
+    before = [(200 * mb, 40 * mb), (400 * mb, 20 * mb)]
+    after = [(100 * mb, 20 * mb), (180 * mb, 100 * mb), (400 * mb, 20 * mb)]
+    assert list(new_blocks(before, after, 20 * mb)) == [(100 * mb, 20 * mb), (180 * mb, 20 * mb), (240 * mb, 40 * mb)]
+    assert list(new_blocks(before, after, 30 * mb)) == [(240 * mb, 40 * mb)]
+    assert list(new_blocks((), after, mb)) == after
+
+
 def test_a_large_block_of_this_process_is_asked_for_on_linux() -> None:
-    before = ask_for_huge_pages()
-    block = bytearray(4 * LEAST_BYTES)
-    more = ask_for_huge_pages() - before
-    assert len(block) == 4 * LEAST_BYTES  # it is still there
-    assert more >= 3 * LEAST_BYTES if sys.platform == "linux" else more == 0
+    if sys.platform != "linux":
+        assert ask_for_huge_pages() == 0
+        return
+    before = blocks_now()
+    with mmap.mmap(-1, 4 * LEAST_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
+        assert ask_for_huge_pages(before) >= 3 * LEAST_BYTES

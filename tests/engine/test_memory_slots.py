@@ -5,10 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from homeinfer.engine.generate import Request
+from homeinfer.engine.edits import Remove
 from homeinfer.engine.memory_slots import Slot, choose_slot
-from homeinfer.engine.pipeline import Remove
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 
 
 def request(**others: object) -> Request:

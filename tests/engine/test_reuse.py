@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from homeinfer.engine.edits import Copy, Keep, KvEdit, Remove, Shift
 from homeinfer.engine.generate import plan_reuse, plan_shift
-from homeinfer.engine.pipeline import Copy, Keep, KvEdit, Remove, Shift
 
 Cell = tuple[int, int]
 """(position, token)"""

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from homeinfer.engine.pipeline import Floats
-from homeinfer.engine.sampling import Sampler, Sampling
+from homeinfer.engine.request import Sampling
+from homeinfer.engine.sampling import Sampler
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 

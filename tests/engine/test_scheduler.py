@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homeinfer.engine.generate import Finish, Request, plan_shift, resumed_context
-from homeinfer.engine.pipeline import Batch, KvEdit, Remove, Shift
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.edits import KvEdit, Remove, Shift
+from homeinfer.engine.generate import plan_shift, resumed_context
+from homeinfer.engine.pipeline import Batch
+from homeinfer.engine.request import Finish, Request, Sampling
 from homeinfer.engine.scheduler import Limits, Scheduler, Work, chunk_of
 
 END = 3

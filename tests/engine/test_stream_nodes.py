@@ -13,27 +13,9 @@ import pytest
 from homeinfer import _native
 from homeinfer.engine import runtime
 from homeinfer.engine.streaming import SUPPORTED, check_tensor_layout
+from tests.support.ggml_tensor import GgmlTensor
 
 PAGE = mmap.PAGESIZE
-
-
-class Tensor(ctypes.Structure):
-    """native/tensor.h."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-    )
 
 
 @pytest.mark.parametrize("place", [0, 2, 9])
@@ -52,8 +34,8 @@ def test_weights_are_waited_for_wherever_they_stand_among_the_sources(tmp_path: 
         _native.stream_add(stream, handle, 1, False, ((PAGE, address, PAGE, 0),))
         _native.capture_stream(capture, stream)
         _native.stream_start(stream)
-        weight, node = Tensor(data=address + 16), Tensor(name=b"product")
-        node.src[place] = ctypes.addressof(weight)
+        weight, node = GgmlTensor(data=address + 16), GgmlTensor(name=b"product")
+        node.src[place] = ctypes.pointer(weight)
         function, user = _native.capture_pointers(capture)
         on_node = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)(function)
         assert on_node(ctypes.addressof(node), True, user)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from homeinfer.engine.pipeline import Batch, Copy, Floats, Ints, Keep, KvEdit, Remove, Shift
+from homeinfer.engine.edits import Copy, Keep, KvEdit, Remove, Shift
+from homeinfer.engine.pipeline import Batch, Floats, Ints
 from homeinfer.engine.window import LayerWindow
 from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError

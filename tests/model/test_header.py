@@ -157,3 +157,12 @@ def test_vocabulary_of_262144_tokens_is_read_in_well_under_a_second() -> None:
     assert time.process_time() - started < 0.8
     assert len(header.get("tokenizer.ggml.tokens")) == 262_144
     assert (header.architecture, header.n_layer) == ("gemma3", 18)
+
+
+def test_a_header_without_vocabulary_lacks_the_tokenizers_arrays_and_nothing_else() -> None:
+    whole, without = read_header(SMOLLM2), read_header(SMOLLM2, vocabulary=False)
+    lacking = set(whole.metadata) - set(without.metadata)
+    assert {"tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"} <= lacking
+    assert all(key.startswith("tokenizer.") and whole.metadata[key].type == ValueType.ARRAY for key in lacking)
+    assert without.metadata == {key: value for key, value in whole.metadata.items() if key not in lacking}
+    assert (without.tensors, without.files) == (whole.tensors, whole.files)

@@ -15,11 +15,12 @@ import gguf
 import numpy as np
 import pytest
 
+from homeinfer import folders
 from homeinfer.engine.window import LayerWindow
 from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
-from homeinfer.model.window_file import ALIGNMENT, cut_windows, default_folder, missing_bytes, window_path
+from homeinfer.model.window_file import ALIGNMENT, cut_windows, missing_bytes, window_path
 from tests.quant.f16_model import EMBD, VOCAB, write_f16_model
 
 WINDOWS = ((0, 1), (1, 3), (3, 4))
@@ -236,6 +237,6 @@ def test_a_write_that_fails_leaves_nothing_behind(largest_file: int, model: Path
 
 def test_the_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOMEINFER_WINDOWS", str(tmp_path))
-    assert default_folder() == tmp_path
+    assert folders.windows_folder() == tmp_path
     monkeypatch.delenv("HOMEINFER_WINDOWS")
-    assert default_folder().parts[-2:] == ("homeinfer", "windows")
+    assert folders.windows_folder().parts[-2:] == ("homeinfer", "windows")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from homeinfer import folders
 from homeinfer.engine.streaming import SUPPORTED
 from homeinfer.model.header import read_header
-from homeinfer.model.window_file import cut_windows, default_folder
+from homeinfer.model.window_file import cut_windows
 from homeinfer.profiling.stream_rate import stream_rate
 from homeinfer.profiling.timing_messages import TimeStream
 
 
 def rate_of(model: Path, first: int, last: int) -> float:
     header = read_header(model)
-    (path,) = cut_windows(header, ((first, last),), default_folder())
+    (path,) = cut_windows(header, ((first, last),), folders.windows_folder())
     return stream_rate(TimeStream(str(path), last - first, int(header.arch_get("embedding_length")), 1, 0.3))
 
 

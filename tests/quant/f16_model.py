@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+Tensors = dict[str, npt.NDArray[np.float16 | np.float32]]
+
 VOCAB, EMBD, FFN, HEADS, KV_HEADS = 512, 256, 512, 4, 2
 
 
@@ -45,20 +47,28 @@ def write_f16_model(
     return sorted(path.parent.glob(f"{path.stem}-00001-of-*.gguf"))[0] if split_tensors else path
 
 
-def _tensors(layers: int, embd: int) -> dict[str, npt.NDArray[np.float16 | np.float32]]:
-    rng = np.random.default_rng(1)
-    kv = embd // HEADS * KV_HEADS
-    shapes = {"token_embd": (VOCAB, embd), "output": (VOCAB, embd)}
+def _tensors(layers: int, embd: int) -> Tensors:
+    tensors = random_matrices(np.random.default_rng(1), layers, VOCAB, embd, FFN, embd // HEADS * KV_HEADS)
+    return tensors | {name: np.ones(embd, np.float32) for name in norms(layers)}
+
+
+def random_matrices(
+    rng: np.random.Generator, layers: int, vocab: int, embd: int, ffn: int, kv: int, *, tied: bool = False
+) -> Tensors:
+    """The F16 weights of a llama model, by name; tied: the embedding is the output matrix, too."""
+    shapes = {"token_embd": (vocab, embd)} | ({} if tied else {"output": (vocab, embd)})
     for layer in range(layers):
         for role, rows in (("attn_q", embd), ("attn_k", kv), ("attn_v", kv), ("attn_output", embd)):
             shapes[f"blk.{layer}.{role}"] = (rows, embd)
-        shapes[f"blk.{layer}.ffn_gate"] = shapes[f"blk.{layer}.ffn_up"] = (FFN, embd)
-        shapes[f"blk.{layer}.ffn_down"] = (embd, FFN)
-    tensors: dict[str, npt.NDArray[np.float16 | np.float32]] = {
+        shapes[f"blk.{layer}.ffn_gate"] = shapes[f"blk.{layer}.ffn_up"] = (ffn, embd)
+        shapes[f"blk.{layer}.ffn_down"] = (embd, ffn)
+    return {
         f"{name}.weight": (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float16)
         for name, shape in shapes.items()
     }
-    norms = [f"blk.{layer}.{role}" for layer in range(layers) for role in ("attn_norm", "ffn_norm")]
-    for name in (*norms, "output_norm"):
-        tensors[f"{name}.weight"] = np.ones(embd, np.float32)
-    return tensors
+
+
+def norms(layers: int) -> list[str]:
+    """Names of its other weights."""
+    roles = [f"blk.{layer}.{role}" for layer in range(layers) for role in ("attn_norm", "ffn_norm")]
+    return [f"{name}.weight" for name in (*roles, "output_norm")]

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from llama_cpp import _ggml
 from llama_cpp import llama_cpp as api
 
+from tests.support.ggml_tensor import GgmlTensor
+
 Ints = npt.NDArray[np.int32]
 
 
@@ -22,27 +24,7 @@ class Product(NamedTuple):
     experts: Ints | None
 
 
-class _Tensor(ctypes.Structure):
-    pass
-
-
-_Tensor._fields_ = (
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.c_void_p),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-)
-
-
-def _array(tensor: _Tensor, kind: type[np.generic]) -> npt.NDArray[np.generic]:
+def _array(tensor: GgmlTensor, kind: type[np.generic]) -> npt.NDArray[np.generic]:
     span = 1 + sum((n - 1) * step for n, step in zip(tensor.ne, tensor.nb, strict=True))
     raw = (ctypes.c_char * (span + 3)).from_address(tensor.data)
     view = np.ndarray(tuple(reversed(tensor.ne)), kind, raw, strides=tuple(reversed(tensor.nb)))
@@ -57,7 +39,7 @@ def recorded_inputs(path: Path, chunks: Iterable[Sequence[int]], names: Iterable
 
     @api.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
     def record(address: int, ask: bool, _user: object) -> bool:
-        node = _Tensor.from_address(address)
+        node = GgmlTensor.from_address(address)
         if not _ggml.libggml.ggml_op_name(node.op).startswith(b"MUL_MAT") or node.src[0].contents.name not in wanted:
             return not ask
         if not ask:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
+from tests.quant.f16_model import Tensors, norms, random_matrices
 from tests.support.tiny_recipe import TOKENIZER, VOCAB
 
 HEADS, KV_HEADS = 4, 2
@@ -76,22 +76,9 @@ def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
             writer.add_array(key, value)
 
 
-def _tensors(layers: int, embd: int, ffn: int, tied: bool) -> dict[str, npt.NDArray[np.float16 | np.float32]]:
+def _tensors(layers: int, embd: int, ffn: int, tied: bool) -> Tensors:
     rng = np.random.default_rng(7)
-    kv = embd // HEADS * KV_HEADS
-    shapes = {"token_embd": (VOCAB, embd)} | ({} if tied else {"output": (VOCAB, embd)})
-    for layer in range(layers):
-        for role, rows in (("attn_q", embd), ("attn_k", kv), ("attn_v", kv), ("attn_output", embd)):
-            shapes[f"blk.{layer}.{role}"] = (rows, embd)
-        shapes[f"blk.{layer}.ffn_gate"] = shapes[f"blk.{layer}.ffn_up"] = (ffn, embd)
-        shapes[f"blk.{layer}.ffn_down"] = (embd, ffn)
-    tensors: dict[str, npt.NDArray[np.float16 | np.float32]] = {
-        f"{name}.weight": (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float16)
-        for name, shape in shapes.items()
-    }
-    norms = [f"blk.{layer}.{role}" for layer in range(layers) for role in ("attn_norm", "ffn_norm")]
+    tensors = random_matrices(rng, layers, VOCAB, embd, ffn, embd // HEADS * KV_HEADS, tied=tied)
     # channels of very different size, as trained models have
     spread = np.exp(rng.standard_normal(embd)).astype(np.float32)
-    for name in (*norms, "output_norm"):
-        tensors[f"{name}.weight"] = spread / np.float32(np.sqrt(np.square(spread).mean()))
-    return tensors
+    return tensors | {name: spread / np.float32(np.sqrt(np.square(spread).mean())) for name in norms(layers)}

@@ -83,8 +83,8 @@ def test_a_thousand_tensors_of_17_types_take_seconds() -> None:
             )
         )
     limit = int(sum(item.options[5].bytes for item in items))
-    began = time.monotonic()
+    began = time.process_time()
     found = allocate(items, limit)
-    assert time.monotonic() - began < 15
+    assert time.process_time() - began < 15
     assert 0.999 * limit < found.bytes <= limit
     assert found.kld < sum(item.options[5].kld for item in items)

@@ -22,7 +22,7 @@ from homeinfer.quant.moments import Moments, gather_moments, open_moments, plan_
 from homeinfer.quant.observe import Ints, Mode, observable, observe
 from homeinfer.quant.observer_process import gather_in_process
 from tests.quant.f16_model import VOCAB, write_f16_model
-from tests.support.processes import wait_until
+from tests.support.processes import have_ended, wait_until
 from tests.support.tiny_models import make_tiny_model
 
 Floats = npt.NDArray[np.float32]
@@ -174,7 +174,7 @@ def test_an_interrupted_gathering_goes_on_where_it_was(dense: Path, kept: Path, 
         wait_until(lambda: len(list(folder.glob("*.npz"))) >= 2)
         children = psutil.Process(process.pid).children()
         os.kill(process.pid, signal.SIGKILL)
-        wait_until(lambda: not any(child.is_running() for child in children))
+        wait_until(lambda: have_ended(children))
     finally:
         process.kill()
         process.wait()

@@ -19,7 +19,7 @@ from homeinfer.quant.observe import Ints, Mode, Squares, observable, observe
 from homeinfer.quant.observer_process import observe_in_process, tokenize_in_process
 from tests.quant.f16_model import VOCAB, write_f16_model
 from tests.quant.recorded_inputs import Product, recorded_inputs
-from tests.support.processes import running, wait_until
+from tests.support.processes import have_ended, running, wait_until
 from tests.support.tiny_models import make_tiny_model
 
 MIXTURES = ("qwen3moe", "gpt-oss", "deepseek2")
@@ -228,7 +228,7 @@ def test_the_process_ends_with_its_parent(dense: Path) -> None:
         parent.stdout.readline()
         children = psutil.Process(parent.pid).children()
         os.kill(parent.pid, signal.SIGKILL)
-        wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
+        wait_until(lambda: have_ended(children))
         assert children
     finally:
         parent.kill()
@@ -246,7 +246,7 @@ def test_a_model_without_a_vocabulary_takes_no_text(dense: Path) -> None:
     began = time.monotonic()
     with pytest.raises(HomeinferError, match="no vocabulary"):
         tokenize_in_process(dense, "text")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_the_native_view_of_a_tensor_is_llama_cpps() -> None:

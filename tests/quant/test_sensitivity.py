@@ -76,7 +76,7 @@ def test_every_tensor_is_in_one_group_of_neighbours(layers: int, bins: int, pick
 
 
 @given(
-    klds=st.lists(st.one_of(st.none(), st.floats(-1, 10)), min_size=10, max_size=10),
+    klds=st.lists(st.one_of(st.none(), st.floats(-1, 0), st.floats(1e-9, 10)), min_size=10, max_size=10),
     layers=st.integers(1, 40),
     factor=st.floats(0.1, 10),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -16,8 +16,7 @@ from homeinfer.cluster.planning.plan import Wire
 from homeinfer.cluster.ring_client import RingClient, Signs
 from homeinfer.cluster.ring_start import routes
 from homeinfer.cluster.wire.transport import Keys, Peer, new_keys
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Finish, Request, Sampling
 from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.model.header import Header
 from homeinfer.model.window_plan import n_layers
@@ -117,6 +116,37 @@ async def until(true: object, engines: Sequence[EngineProcess] = (), seconds: fl
             engine.check()
         assert time.monotonic() < deadline, f"not true after {seconds:.0f} seconds"
         await asyncio.sleep(0.01)
+
+
+class KeptRing:
+    """A ring that several tests use one after the other, each as a new epoch, with the loop that it lives in."""
+
+    def __init__(self, header: Header, windows: Sequence[Sequence[tuple[int, int]]], options: RingOptions) -> None:
+        self._runner = asyncio.Runner()
+        self._windows, self._options = windows, options
+        self.ring = self._runner.run(self._start(header))
+
+    async def _start(self, header: Header) -> AsyncRing:
+        ring = AsyncRing(header, self._windows, self._options)
+        for number in range(len(self._windows)):
+            ring.start(number)
+        return ring
+
+    def run(self, test: Callable[[AsyncRing], Coroutine[None, None, None]], pace: Pace | None = None) -> None:
+        """Run a test of at most two minutes; an engine that the test before has ended is started again."""
+
+        async def joined() -> None:
+            for number, engine in enumerate(self.ring.engines):
+                if engine.problem() is not None:
+                    self.ring.start(number)
+            await self.ring.route(pace)
+            await test(self.ring)
+
+        self._runner.run(asyncio.wait_for(joined(), 120))
+
+    def close(self) -> None:
+        self.ring.close()
+        self._runner.close()
 
 
 @asynccontextmanager

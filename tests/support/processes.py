@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import psutil
 
@@ -30,7 +30,16 @@ def running(module: str, pid: int | None = None, *, recursive: bool = False) -> 
     return found
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 20) -> None:
+def have_ended(processes: Iterable[psutil.Process]) -> bool:
+    """Whether none of them runs any more; one whose exit status nobody has taken has ended too."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                return False
+    return True
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     """Look again and again; AssertionError when it does not become true."""
     deadline = time.monotonic() + seconds
     while not true():

@@ -12,8 +12,8 @@ import numpy as np
 
 from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.engine.answers import Generator, Outcome
-from homeinfer.engine.pipeline import Remove
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.edits import Remove
+from homeinfer.engine.request import Sampling
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.model.header import read_header
 
@@ -39,9 +39,11 @@ class Agreement(msgspec.Struct, frozen=True):
     ties: int
 
 
-def references(model: Path, prompts: Sequence[str], limit: int, *, longest: int, n_ctx: int = 2048) -> list[Reference]:
+def references(
+    model: Path, prompts: Sequence[str], limit: int, *, longest: int, n_ctx: int = 2048, n_batch: int = 512
+) -> list[Reference]:
     """Greedy answers of `limit` tokens, as `Llama.generate(temp=0)` gives them; prompts are cut at `longest` tokens."""
-    llama = llama_cpp.Llama(str(model), n_ctx=n_ctx, n_threads=1, n_threads_batch=2, verbose=False)
+    llama = llama_cpp.Llama(str(model), n_ctx=n_ctx, n_batch=n_batch, n_threads=1, n_threads_batch=1, verbose=False)
     with closing(llama):
         return [_reference(llama, llama.tokenize(text.encode())[:longest], limit) for text in prompts]
 

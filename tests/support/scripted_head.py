@@ -35,8 +35,7 @@ from homeinfer.cluster.wire.control import (
 from homeinfer.cluster.wire.keys import DeviceKeys, own_keys
 from homeinfer.cluster.wire.secure import Secure, bound_port, frames_of, sender_key, tcp_address
 from homeinfer.cluster.wire.transport import Keys, Peer
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.folders import private_folder
 from homeinfer.model.header import read_header
 from tests.support.tiny_models import make_tiny_model

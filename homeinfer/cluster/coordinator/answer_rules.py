@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from homeinfer.cluster.planning.report import PlanReport
-from homeinfer.engine.generate import Request
+from homeinfer.engine.request import Request
 
 _TIMES_PREDICTED = 20.0
 _LONGEST_SECONDS = 300.0

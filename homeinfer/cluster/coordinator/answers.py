@@ -24,7 +24,7 @@ from homeinfer.cluster.wire.client import (
     Unknown,
 )
 from homeinfer.cluster.wire.messages import Told
-from homeinfer.engine.generate import Finish
+from homeinfer.engine.request import Finish
 from homeinfer.errors import HomeinferError
 
 LISTEN_SECONDS = 120.0

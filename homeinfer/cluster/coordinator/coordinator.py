@@ -11,12 +11,13 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from homeinfer.cluster.agent_tasks import end
 from homeinfer.cluster.coordinator import events
 from homeinfer.cluster.coordinator.answers import Trouble
 from homeinfer.cluster.coordinator.commands import Performer
 from homeinfer.cluster.coordinator.control_desk import Said
 from homeinfer.cluster.coordinator.head import Head, opened_head
-from homeinfer.cluster.coordinator.make_plan import Planner
+from homeinfer.cluster.coordinator.make_plan import Planner, read_model
 from homeinfer.cluster.coordinator.options import ClusterOptions
 from homeinfer.cluster.coordinator.planning import allows, planned
 from homeinfer.cluster.coordinator.ring_plan import hops_of
@@ -26,7 +27,6 @@ from homeinfer.cluster.coordinator.speed import Meters, Speed
 from homeinfer.cluster.coordinator.state import Cluster, MakePlan, Model, Outcome, RingPlan
 from homeinfer.cluster.discovery import own_hosts
 from homeinfer.cluster.planning.report import PlanReport
-from homeinfer.cluster.weights.manifest import make_manifest
 from homeinfer.cluster.wire.client import (
     AskAnswer,
     CancelAnswer,
@@ -253,12 +253,7 @@ class Coordinator:
         """Read the model through, which may take minutes the first time; devices may come meanwhile."""
         head = self._head
         assert head is not None
-        loop = asyncio.get_running_loop()
-
-        def on_progress(share: float) -> None:
-            loop.call_soon_threadsafe(self._reading, share)
-
-        manifest = await asyncio.to_thread(make_manifest, head.header, on_progress)
+        manifest = await read_model(head.header, self._reading)
         self._planner = planner = Planner(head.header, manifest, self._options, head.model.n_ctx)
         model = Model(head.model.name, head.model.path, manifest, head.model.n_ctx, head.model.sizes)
         remembered = self._remembered(planner, head)
@@ -347,7 +342,4 @@ class Coordinator:
             for device in self._cluster.devices:
                 if device.is_alive and not device.is_head:
                     head.control.send(device.name, Bye("the cluster was taken down"))
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(*self._tasks)

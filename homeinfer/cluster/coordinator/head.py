@@ -29,7 +29,6 @@ from homeinfer.cluster.coordinator.running import (
 )
 from homeinfer.cluster.coordinator.state import Model
 from homeinfer.cluster.discovery import announce, own_hosts
-from homeinfer.cluster.local import context_length
 from homeinfer.cluster.members import Members, free_name
 from homeinfer.cluster.pairing import PairingDesk
 from homeinfer.cluster.plan_files import planned_model
@@ -42,7 +41,7 @@ from homeinfer.cluster.wire.secure import Secure
 from homeinfer.cluster.wire.transport import Keys, has_ipc
 from homeinfer.errors import HomeinferError
 from homeinfer.folders import private_folder
-from homeinfer.model.architectures import check_generates
+from homeinfer.model.architectures import check_generates, context_length
 from homeinfer.model.header import Header, read_header
 
 _LONGEST_PATH = 100
@@ -93,16 +92,16 @@ class Head:
             opened.callback(self.clients.close)
             self.ring = _ring_client(run_folder(folder), secure)
             opened.callback(_close_ring, self.ring)
+            self.answers = Answers(
+                journal,
+                self.clients.send,
+                n_ctx=self.model.n_ctx,
+                sequences=options.sequences,
+                step_seconds=options.step_seconds,
+                on_trouble=to.on_trouble,
+                on_busy=to.on_busy,
+            )
             self._opened = opened.pop_all()
-        self.answers = Answers(
-            journal,
-            self.clients.send,
-            n_ctx=self.model.n_ctx,
-            sequences=options.sequences,
-            step_seconds=options.step_seconds,
-            on_trouble=to.on_trouble,
-            on_busy=to.on_busy,
-        )
         self.agent = OwnAgent(
             AgentOptions(
                 hosts=("127.0.0.1",),
@@ -151,7 +150,7 @@ async def opened_head(options: ClusterOptions, folder: Path, to: Listener) -> As
 
 
 def _usable_header(model: Path) -> Header:
-    header = read_header(model)
+    header = read_header(model, vocabulary=False)
     check_generates(header)
     return header
 

@@ -13,7 +13,7 @@ from typing import IO
 import msgspec
 
 from homeinfer.cluster.wire.client import AskAnswer
-from homeinfer.engine.generate import Finish
+from homeinfer.engine.request import Finish
 from homeinfer.folders import private_folder
 
 _SUFFIX = ".answer"

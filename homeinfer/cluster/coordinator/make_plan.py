@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,7 +20,7 @@ from homeinfer.cluster.planning.plan import Constraints, Wire, Workload
 from homeinfer.cluster.planning.profile import DeviceProfile, Network
 from homeinfer.cluster.planning.remarks import remarks
 from homeinfer.cluster.planning.report import PlanReport
-from homeinfer.cluster.weights.manifest import needed_tensors
+from homeinfer.cluster.weights.manifest import make_manifest, needed_tensors
 from homeinfer.cluster.wire.control import Manifest
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header
@@ -27,6 +30,20 @@ ASSUMED = Network(bytes_per_s=37.5e6, latency_s=0.0005)
 _PROMPT = 512
 _MUCH_NETWORK, _WORTH_IT = 0.15, 0.1
 """Half as many bytes on the wire are worth trying above this share of a token, and worth having from this gain on."""
+
+
+async def read_model(header: Header, on_share: Callable[[float], None]) -> Manifest:
+    """Its manifest, for which all of it is read the first time. on_share, 0 to 1, is called in the event loop. Raises
+    HomeinferError when it can't be read."""
+    loop, stopped = asyncio.get_running_loop(), threading.Event()
+
+    def tell(share: float) -> None:
+        loop.call_soon_threadsafe(on_share, share)
+
+    try:
+        return await asyncio.to_thread(make_manifest, header, tell, stopped=stopped)
+    finally:
+        stopped.set()  # the end of a process waits for its threads: not for all of a model
 
 
 class Planner:

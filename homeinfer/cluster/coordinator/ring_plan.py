@@ -7,10 +7,11 @@ from typing import cast
 
 from homeinfer.cluster.coordinator.state import Cluster, DeviceView, RingPlan
 from homeinfer.cluster.engine_messages import Pace
+from homeinfer.cluster.hops import onward
 from homeinfer.cluster.planning.plan import LayerPlace
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.wire.control import EngineOptions, Neighbour, Part, Route, RouteHop, WindowRun
-from homeinfer.engine.scheduler import MOST_REPLAYED
+from homeinfer.engine.generate import MOST_REPLAYED
 
 Needed = Callable[[int, int], frozenset[int]]
 """Numbers of the tensors that a window of layers [first, last) is cut from."""
@@ -43,19 +44,15 @@ def route_of(cluster: Cluster, name: str) -> Route:
     """Where the messages of a device's engine go, in the present epoch: all engines of the plan listen."""
     plan = cluster.plan
     assert plan is not None
-    n, teller = len(plan.hops), plan.hops[-1][0]
-    hops = []
-    for hop, (owner, window) in enumerate(plan.hops):
-        if owner == name:
-            following = plan.hops[hop + 1][0] if hop + 1 < n else name
-            next_hop = None if following == name else engine_address(cluster.device(following))
-            hops.append(RouteHop(hop, window, next_hop))
-    first = plan.hops[0][0]
+    first, teller = plan.hops[0][0], plan.hops[-1][0]
     pace = _pace(cluster.options.sequences, plan)
     return Route(
         epoch=cluster.epoch,
-        hops=tuple(hops),
-        n_hops=n,
+        hops=tuple(
+            RouteHop(hop, window, None if to is None else engine_address(cluster.device(to)))
+            for hop, window, to in onward(plan.hops, name)
+        ),
+        n_hops=len(plan.hops),
         head=cluster.ring_head,
         first=None if first == teller else engine_address(cluster.device(first)),
         allowed=tuple(sorted({cluster.device(each).key for each in plan.parts})),

@@ -82,6 +82,8 @@ class MemoryModel:
                 else:
                     end = last + 1 if last == self._n else last
                     least = max(least, max(self.room(layer) for layer in range(first, end)))
+                    if last - first == self._n:  # the model's own file, whose output matrix is used as a whole
+                        least = max(least, self.always(last) + shape.layers[-1].largest_bytes)
         return self._judged(profile, fixed, least, tuple(gpus), files)
 
     def room(self, layer: int) -> int:
@@ -89,7 +91,8 @@ class MemoryModel:
         used the next one is read (engine/streaming.least_buffer), and the experts of one step."""
         layers = self._shape.layers
         if layer == self._n:
-            return self.always(layer) + layers[-1].largest_bytes
+            block = min(self._shape.output_block_bytes or self.always(layer), self.always(layer))
+            return block + max(layers[-1].largest_bytes, self._shape.output_block_bytes)
         return min(self.always(layer), 2 * layers[layer].largest_bytes or self.always(layer)) + self._touched[layer]
 
     def always(self, layer: int) -> int:

@@ -11,6 +11,7 @@ from homeinfer.errors import HomeinferError
 from homeinfer.model.cut_rules import n_layers, per_layer
 from homeinfer.model.header import TYPE_SIZES, Header, printable
 from homeinfer.model.layers import LayerWeight, is_routed_expert, layer_weights
+from homeinfer.model.output_blocks import block_bytes
 from homeinfer.model.window_plan import why_not
 
 _FLOAT_BYTES = 4
@@ -41,6 +42,7 @@ def model_shape(header: Header, workload: Workload) -> ModelShape:
         scratch_logits_bytes=scratch_logits_bytes(header, workload, n_vocab),
         allowed=allowed_cuts(header),
         has_experts=any(weights[index].expert_nbytes for index in range(n) if index in weights),
+        output_block_bytes=block_bytes(header),
     )
 
 

@@ -28,7 +28,8 @@ class ModelShape(msgspec.Struct, frozen=True):
     output_kind, output_bytes: final norm and output matrix, which the last window holds. embedding_bytes: on the
     head's disk, of which a token reads one row (row_bytes). hidden_bytes: one token's hidden state on the wire in
     float32. scratch_bytes: compute buffers of a device, scratch_logits_bytes: more for the last window.
-    allowed[first]: bit `last` says that layers [first, last) can be a window.
+    allowed[first]: bit `last` says that layers [first, last) can be a window. output_block_bytes: what of a streamed
+    output matrix is used at once; 0: all of it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     scratch_logits_bytes: int
     allowed: tuple[int, ...]
     has_experts: bool = False
+    output_block_bytes: int = 0
 
     def may_cut(self, first: int, last: int) -> bool:
         """Whether layers [first, last) can be a window of their own."""

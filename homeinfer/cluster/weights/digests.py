@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import msgspec
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.records import printable
+from homeinfer.whole_file import whole_file
 
 Range = tuple[int, int]
 """Offset and length in a file, bytes."""
@@ -118,25 +118,13 @@ class FileDigests:
         said = _Remembered(_FORMAT, _name(path), stamp, {**self.known(path), **found})
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(entry, msgspec.msgpack.encode(said))
+            with whole_file(entry) as file:
+                file.write(msgspec.msgpack.encode(said))
             for old in sorted(entry.parent.iterdir(), key=lambda one: one.stat().st_mtime_ns)[:-_MOST_FILES]:
                 old.unlink(missing_ok=True)
 
     def _entry(self, path: Path) -> Path:
         return self._folder / f"{hashlib.sha256(_name(path).encode()).hexdigest()[:32]}.msgpack"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file with these bytes, or as it was before. Raises OSError."""
-    partial_path = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
-    try:
-        with partial_path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
 
 
 def range_digest(path: Path, part: Range) -> str:

@@ -53,7 +53,7 @@ def _in_folder(manifest: Manifest, folder: Path) -> Header | None:
         for path, file in zip(paths, manifest.files, strict=True):
             if range_digest(path, (0, file.header_bytes)) != file.digest:
                 return None
-        header = read_header(paths[0])
+        header = read_header(paths[0], vocabulary=False)
     except (OSError, HomeinferError):
         return None
     return header if is_of(manifest, header) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -27,12 +28,16 @@ def digests_folder(folder: Path) -> Path:
 
 
 def make_manifest(
-    header: Header, on_progress: Callable[[float], None] = lambda _share: None, folder: Path | None = None
+    header: Header,
+    on_progress: Callable[[float], None] = lambda _share: None,
+    folder: Path | None = None,
+    stopped: threading.Event | None = None,
 ) -> Manifest:
     """The model's manifest. Slow the first time (reads the whole model), then known by its files' paths, sizes and
     times of change, in `folder` (default: folders.weights_folder()).
 
-    on_progress: share 0 to 1, from any thread. Raises HomeinferError when a file is cut short or can't be read.
+    on_progress: share 0 to 1, from any thread; stopped: end early. Raises HomeinferError when a file is cut short or
+    can't be read, or when stopped.
     """
     from homeinfer.cluster.plan_files import header_digest  # an idle agent, which makes none, does without planning
 
@@ -43,7 +48,9 @@ def make_manifest(
     digests: dict[tuple[int, int, int], str] = {}
     for number, file in enumerate(header.files):
         ranges = [(t.offset, t.nbytes) for t in header.tensors if t.file == number]
-        found = known.compute(Path(file.path), ranges, report.add)
+        found = known.compute(Path(file.path), ranges, report.add, stopped)
+        if stopped is not None and stopped.is_set():
+            raise HomeinferError(f"{printable(file.path, 1000)} was not read to its end")
         digests |= {(number, *part): text for part, text in found.items()}
     return Manifest(
         digest=header_digest(header),

@@ -14,13 +14,14 @@ from typing import Final
 
 import msgspec
 
-from homeinfer.cluster.weights.digests import range_digest, write_whole
+from homeinfer.cluster.weights.digests import range_digest
 from homeinfer.cluster.weights.manifest import is_of
 from homeinfer.cluster.weights.messages import PIECE_BYTES
 from homeinfer.cluster.weights.room import Locked, make_sparse, too_little_room, used_now
 from homeinfer.cluster.wire.control import Manifest
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, printable, read_header
+from homeinfer.whole_file import whole_file
 
 _FORMAT: Final = 1
 _STATE: Final = "have.msgpack"
@@ -64,7 +65,7 @@ class SparseCopy:
         if not is_mine:
             raise HomeinferError(f"another homeinfer on this machine uses {models}: end it or set HOMEINFER_WEIGHTS")
         used_now(self.folder)
-        for left_over in self.folder.glob(".*.part"):  # of a process that was killed
+        for left_over in self.folder.glob(".*.partial"):  # of a process that was killed
             left_over.unlink(missing_ok=True)
         self._load()
 
@@ -138,11 +139,11 @@ class SparseCopy:
         self.save()
 
     def header(self) -> Header:
-        """Read anew each time: to keep it would cost tens of megabytes. Raises HomeinferError when headers are missing,
-        or tell another model than the manifest."""
+        """Without vocabulary; read anew each time. Raises HomeinferError when headers are missing, or tell of another
+        model than the manifest."""
         if self.missing_headers:
             raise HomeinferError("the model's headers have not come yet")
-        header = read_header(self.path(0))
+        header = read_header(self.path(0), vocabulary=False)
         if not is_of(self.manifest, header):
             raise HomeinferError(
                 "the cluster's model is described otherwise than its header: end homeinfer on the head, start again"
@@ -194,7 +195,8 @@ class SparseCopy:
                 for file in headers:
                     self._sync(file)
                 have = _Have(_FORMAT, PIECE_BYTES, headers, tensors, pieces)
-                write_whole(self.folder / _STATE, msgspec.msgpack.encode(have))
+                with whole_file(self.folder / _STATE) as state:
+                    state.write(msgspec.msgpack.encode(have))
             except OSError as problem:
                 raise self._cannot_write(problem, 0) from None
 

@@ -117,10 +117,9 @@ class Store:
         return own.paths[0] if own is not None else self._known_copy().path(0)
 
     def header(self) -> Header:
-        """Slow: read anew each time, since to keep it costs tens of megabytes. Raises HomeinferError while headers are
-        missing."""
+        """Without vocabulary; slow: read anew each time. Raises HomeinferError while headers are missing."""
         own = self._still_own()
-        return read_header(own.paths[0]) if own is not None else self._known_copy().header()
+        return read_header(own.paths[0], vocabulary=False) if own is not None else self._known_copy().header()
 
     def holds(self) -> tuple[int, ...]:
         """Tensors (numbers in Manifest.tensors) that are here and checked; those of an own file after `check`, in this

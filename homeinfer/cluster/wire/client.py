@@ -10,7 +10,7 @@ import msgspec
 from homeinfer.cluster.planning.report import PlanReport
 from homeinfer.cluster.wire.control import DeviceStats, Name, Text, decoded
 from homeinfer.cluster.wire.control import encode as encode
-from homeinfer.engine.generate import Finish, Request
+from homeinfer.engine.request import Finish, Request
 
 AnswerId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 DeviceState = Literal["new", "measuring", "measured", "fetching", "loading", "ready", "lost", "left", "refused"]

@@ -70,7 +70,7 @@ def seen(handle: int) -> Connection | None:
     if os.name != "posix":
         return None
     try:
-        return Connection(os.dup(handle))
+        own = os.dup(handle)
     except OSError:
         with contextlib.suppress(OSError):
             passing = system_socket.socket(system_socket.AF_INET, system_socket.SOCK_STREAM, fileno=handle)
@@ -78,4 +78,9 @@ def seen(handle: int) -> Connection | None:
                 passing.shutdown(system_socket.SHUT_RDWR)
             finally:
                 passing.detach()
+        return None
+    try:
+        return Connection(own)
+    except OSError:  # libzmq has closed it meanwhile, and its number is something else's
+        os.close(own)
         return None

@@ -1,9 +1,11 @@
 """A thread that watches the connections of sockets (ledger.Ledger), so that no peer takes memory or files beyond a
-bound, whatever the process itself is busy with."""
+bound, and lets in whom they allow (zap.Door), whatever the process itself is busy with."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,10 +13,10 @@ from itertools import count
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from homeinfer.cluster.wire.connection import CAN_COUNT
 from homeinfer.cluster.wire.ledger import Ledger
+from homeinfer.cluster.wire.zap import Door, IsAllowed
 
 _LOOK_MS, _QUIET_MS = 100, 250
 """What comes within this time may go beyond a bound, 12 MB at a gigabit per second; longer where it was quiet."""
@@ -22,9 +24,12 @@ _QUIET_BYTES = 1 << 20
 """An answer's tokens are quiet: looking takes time of the processor that computes the next one."""
 _OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
 _EVENTS = _OPENED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+_EVENT = struct.Struct("=hi")
+"""Kind and file descriptor. (zmq.utils.monitor reads it too, but imports asyncio, which engines do not use: 3 MB.)"""
 _numbers: Iterator[int] = count()
 OnEvent = Callable[[int], None]
 _Watched = tuple[Ledger, OnEvent]
+_log = logging.getLogger(__name__)
 
 
 class Guard:
@@ -34,14 +39,17 @@ class Guard:
         self._context = context
         self._new: deque[tuple[zmq.Socket[bytes], _Watched]] = deque()
         self._watched: dict[zmq.Socket[bytes], _Watched] = {}
+        self._door: Door | None = None
         self._is_closing = False
         address = f"inproc://guard-{next(_numbers)}"
-        self._woken: zmq.Socket[bytes] = context.socket(zmq.PAIR)
-        self._woken.bind(address)
-        self._waker: zmq.Socket[bytes] = context.socket(zmq.PAIR)
-        self._waker.connect(address)
-        self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
-        self._thread.start()
+        with contextlib.ExitStack() as opened:  # what is left open would keep the context from ending for ever
+            self._woken: zmq.Socket[bytes] = opened.enter_context(context.socket(zmq.PAIR))
+            self._waker: zmq.Socket[bytes] = opened.enter_context(context.socket(zmq.PAIR))
+            self._woken.bind(address)
+            self._waker.connect(address)
+            self._thread = threading.Thread(target=self._run, daemon=True, name="guard")
+            self._thread.start()
+            opened.pop_all()
 
     def watch(
         self,
@@ -64,14 +72,36 @@ class Guard:
         ledger = Ledger(most_bytes, most_held, listens=listens)
         endpoint = f"inproc://guarded-{next(_numbers)}"
         socket.monitor(endpoint, _EVENTS)
-        events: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
-        events.rcvhwm = 100_000
-        events.connect(endpoint)
+        with contextlib.ExitStack() as opened:
+            events: zmq.Socket[bytes] = opened.enter_context(self._context.socket(zmq.PAIR))
+            events.rcvhwm = 100_000
+            events.connect(endpoint)
+            opened.pop_all()
         self._new.append((events, (ledger, on_event)))
-        self._waker.send(b"")
+        self._wake()
         return ledger
 
+    def admit(self, socket: zmq.Socket[Any], domain: str, is_allowed: IsAllowed) -> None:
+        """Before the socket, which is to be a CURVE server, is bound: let in only whom is_allowed names; the others are
+        told nothing. It is asked in the guard's thread. domain: no other socket's of this context."""
+        if self._door is None:
+            self._door = Door(self._context)
+        self._door.admit(socket, domain, is_allowed)
+        self._wake()
+
     def _run(self) -> None:
+        try:
+            self._watch_all()
+        finally:
+            # a socket made just before close(): left open, its events would keep the context from ending for ever
+            self._taken_in()
+            for events in list(self._watched):
+                self._stop(events)
+            if self._door is not None:
+                self._door.close()
+            self._woken.close(linger=0)
+
+    def _watch_all(self) -> None:
         poller = zmq.Poller()
         poller.register(self._woken, zmq.POLLIN)
         patience: int | None = None
@@ -79,6 +109,10 @@ class Guard:
             ready = dict(poller.poll(patience))
             if ready.pop(self._woken, 0):
                 self._woken.recv()
+            if self._door is not None:
+                poller.register(self._door.socket, zmq.POLLIN)
+                ready.pop(self._door.socket, 0)
+                self._door.answer()
             for events in self._taken_in():
                 poller.register(events, zmq.POLLIN)
             for events in ready:
@@ -88,11 +122,6 @@ class Guard:
             came = max((ledger.look() for ledger in ledgers), default=0)
             is_quiet = came < _QUIET_BYTES and not any(ledger.has_young for ledger in ledgers)
             patience = None if not ledgers else _QUIET_MS if is_quiet else _LOOK_MS
-        # a socket made just before close(): left open, its events would keep the context from ending for ever
-        self._taken_in()
-        for events in list(self._watched):
-            self._stop(events)
-        self._woken.close(linger=0)
 
     def _taken_in(self) -> list[zmq.Socket[bytes]]:
         """The sockets' events that are watched from now on."""
@@ -107,8 +136,7 @@ class Guard:
         """Take in what happened to a socket; False when it was closed."""
         ledger, on_event = self._watched[events]
         while events.poll(0):
-            event = parse_monitor_message(events.recv_multipart())
-            kind, handle = event["event"], event["value"]
+            kind, handle = _EVENT.unpack(events.recv_multipart()[0])
             if kind == zmq.EVENT_MONITOR_STOPPED:
                 self._stop(events)
                 return False
@@ -116,7 +144,10 @@ class Guard:
                 ledger.opened(handle)
             elif kind == zmq.EVENT_DISCONNECTED:
                 ledger.closed(handle)
-            on_event(kind)
+            try:
+                on_event(kind)
+            except Exception:  # everybody's handshakes wait for this thread
+                _log.exception("what happened to a connection could not be told")
         return True
 
     def _stop(self, events: zmq.Socket[bytes]) -> None:
@@ -124,15 +155,17 @@ class Guard:
         ledger.close()
         events.close(linger=0)
 
-    def close(self) -> None:
-        """Stop watching; the sockets stay."""
-        if self._is_closing:
-            return
-        self._is_closing = True
-        with contextlib.suppress(zmq.Again):  # it has seen that already
+    def _wake(self) -> None:
+        with contextlib.suppress(zmq.Again):  # it has much to see already
             self._waker.send(b"", zmq.NOBLOCK)
-        self._thread.join()
-        self._waker.close(linger=0)
+
+    def close(self) -> None:
+        """Stop watching, and let nobody in any more; the sockets stay. Safe to call twice."""
+        if not self._waker.closed:
+            self._is_closing = True
+            self._wake()
+            self._thread.join()
+            self._waker.close(linger=0)
 
 
 def count_taken(ledger: Ledger, frame: zmq.Frame, nbytes: int) -> None:

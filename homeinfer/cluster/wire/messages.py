@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.pipeline import Batch, Floats, KvEdit
+from homeinfer.engine.edits import KvEdit
+from homeinfer.engine.request import Finish, Request
 from homeinfer.errors import HomeinferError
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
@@ -174,16 +173,3 @@ def decode(frames: Sequence[Any]) -> tuple[Message, memoryview]:
     ) as problem:
         raise HomeinferError(f"a message of the ring can't be read: {problem}") from problem
     return message, memoryview(frames[1]) if len(frames) > 1 else first[end + -end % 16 :]
-
-
-def first_step(epoch: int, step: int, batch: Batch) -> tuple[Step, bytes]:
-    """What goes into the first window, and its rows."""
-    index = batch.positions.tobytes() + batch.sequences.tobytes() + batch.wanted.tobytes()
-    return Step(epoch, step, 0, len(batch.tokens), 0, index), batch.tokens.astype(np.int32).tobytes()
-
-
-def logits_of(step: Message, rows: Any, wanted: int, n_vocab: int) -> Floats:
-    """The logits that came back: float32 [wanted, n_vocab]. Raises HomeinferError for anything else."""
-    if not isinstance(step, Step) or step.width != n_vocab or memoryview(rows).nbytes != 4 * wanted * n_vocab:
-        raise HomeinferError("the last device sent back something other than the logits it was asked for")
-    return np.frombuffer(rows, np.float32).reshape(wanted, n_vocab)

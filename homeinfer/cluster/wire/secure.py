@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import zmq
 import zmq.asyncio
-from zmq.utils import z85
 
 from homeinfer.cluster.wire.guard import Guard, OnEvent, count_taken, wire_bytes
 from homeinfer.cluster.wire.keepalive import keep_alive
 from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.ledger import HANDSHAKE_SECONDS, Ledger
+from homeinfer.cluster.wire.zap import ASKED_AT, IsAllowed, ask_at_door, zap_reply
 from homeinfer.errors import HomeinferError
 
 _HANDSHAKE_MS = int(HANDSHAKE_SECONDS * 1000)
@@ -24,11 +23,6 @@ _LINGER_MS = 1000
 _MOST_HELD, _LEAST_HELD = 32 << 20, 1 << 18
 """Bytes that one peer may have waiting here, unread; no message needs more room than a few frames of the largest."""
 _QUEUE = 1000
-_REFUSED = b"300"
-"""ZAP's "try again later": the only status that libzmq doesn't tell the refused one."""
-
-IsAllowed = Callable[[str], bool]
-_log = logging.getLogger(__name__)
 
 
 def tcp_address(host: str, port: int | str) -> str:
@@ -71,7 +65,7 @@ class Secure:
         self._sockets: list[_Counted] = []
         self._is_allowed: dict[bytes, IsAllowed] = {}
         self._zap = zmq.asyncio.Socket(self._context, zmq.REP)
-        self._zap.bind("inproc://zeromq.zap.01")
+        self._zap.bind(ASKED_AT)
         self._answering = asyncio.create_task(self._answer_zap())
 
     def router(
@@ -89,8 +83,7 @@ class Secure:
         socket.sndhwm = most_unsent
         zap_domain = f"{domain}.{len(self._is_allowed)}".encode()
         self._is_allowed[zap_domain] = is_allowed
-        socket.curve_server = True
-        socket.zap_domain = zap_domain
+        ask_at_door(socket, zap_domain)
         try:
             socket.bind(address)
         except zmq.ZMQError as problem:
@@ -116,14 +109,25 @@ class Secure:
         socket = self._socket(zmq.DEALER, most_bytes, on_event)
         socket.curve_serverkey = server_key.encode()
         socket.immediate = waits
-        for one in [address] if isinstance(address, str) else address:
-            connect(socket, one)
+        try:
+            for one in [address] if isinstance(address, str) else address:
+                connect(socket, one)
+        except HomeinferError:
+            socket.close(linger=0)
+            raise
         return socket
 
     def _socket(self, kind: int, most_bytes: int, on_event: OnEvent = lambda _: None) -> _Counted:
         self._sockets = [socket for socket in self._sockets if not socket.closed]
-        socket = _Counted(self._context, kind)
-        self._sockets.append(socket)
+        try:
+            self._sockets.append(_Counted(self._context, kind))
+            return self._set_up(self._sockets[-1], kind, most_bytes, on_event)
+        except zmq.ZMQError as problem:
+            raise HomeinferError(
+                f"this device can't open another connection ({problem.strerror}): close other programs"
+            ) from None
+
+    def _set_up(self, socket: _Counted, kind: int, most_bytes: int, on_event: OnEvent) -> _Counted:
         socket.curve_publickey = self.keys.public.encode()
         socket.curve_secretkey = self.keys.secret.encode()
         socket.ipv6 = True
@@ -131,7 +135,7 @@ class Secure:
         socket.sndhwm = _QUEUE
         socket.handshake_ivl = _HANDSHAKE_MS
         keep_alive(socket)
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 200, 5000
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 200, 1000
         socket.connect_timeout = 5000
         most_held = max(3 * most_bytes, _LEAST_HELD, min(64 * most_bytes, _MOST_HELD))
         socket.ledger = self._guard.watch(
@@ -196,27 +200,6 @@ def connect(socket: zmq.asyncio.Socket, address: str) -> None:
         socket.connect(address)
     except zmq.ZMQError as problem:
         raise HomeinferError(f"{address.removeprefix('tcp://')} is no address: {problem.strerror}") from None
-
-
-def zap_reply(request: Sequence[bytes], guards: dict[bytes, IsAllowed]) -> list[bytes]:
-    """The answer (RFC 27) to what libzmq asks about a peer in a handshake; guards by ZAP domain. What isn't CURVE, or
-    whose guard fails, is refused."""
-    version, request_id, domain, _address, _identity, mechanism, *credentials = request
-    guard = guards.get(domain)
-    if guard is None or mechanism != b"CURVE" or [len(key) for key in credentials] != [32]:
-        return [version, request_id, _REFUSED, b"", b"", b""]
-    key: str = z85.encode(credentials[0]).decode()
-    if not _passes(guard, key):
-        return [version, request_id, _REFUSED, b"", b"", b""]
-    return [version, request_id, b"200", b"OK", key.encode(), b""]
-
-
-def _passes(guard: IsAllowed, key: str) -> bool:
-    try:
-        return guard(key)
-    except Exception:  # a guard that fails must neither let in nor end the task that all handshakes wait for
-        _log.exception("a device could not be checked")
-        return False
 
 
 def _cannot_listen(address: str, domain: str, problem: zmq.ZMQError) -> str:

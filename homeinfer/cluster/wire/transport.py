@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import zmq
-import zmq.auth.thread
 
 from homeinfer.cluster.wire.guard import Guard, count_taken, wire_bytes
 from homeinfer.cluster.wire.keepalive import keep_alive
@@ -41,7 +40,7 @@ _MOST_ANSWERS = 1 << 16
 def send(socket: zmq.Socket[bytes], frames: list[Any], flags: int = 0) -> None:
     """Queue a message of one or two frames; a large second one must not change until it has left.
 
-    Waits where the other end refused the connection; with zmq.NOBLOCK raises zmq.Again there.
+    Waits where the other end broke the protocol; with zmq.NOBLOCK raises zmq.Again there.
     """
     if len(frames) == 1:
         socket.send(frames[0], flags)
@@ -79,8 +78,7 @@ class Links:
         self._keys = keys
         self._senders: dict[Peer, zmq.Socket[bytes]] = {}
         self._waker: zmq.Socket[bytes] | None = None
-        self._authenticator: zmq.auth.thread.ThreadAuthenticator | None = None
-        self._allowed = _Allowed(keys.allowed if keys else ())
+        self._allowed = frozenset(keys.allowed if keys else ())
         self._is_file = listen.startswith("ipc://")
         self._receiver: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._receiver.maxmsgsize = max_bytes
@@ -92,12 +90,12 @@ class Links:
             self._secure(listen, self._receiver, max_bytes)
             self._receiver.bind(self._wake_address)
             self._bind(listen)
-        except HomeinferError:
-            self.close()
-            raise
         except zmq.ZMQError as problem:
             self.close()
             raise HomeinferError(f"can't listen at {listen}: {problem.strerror}") from problem
+        except BaseException:
+            self.close()
+            raise
         self.address = self._receiver.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _secure(self, listen: str, receiver: zmq.Socket[bytes], max_bytes: int) -> None:
@@ -108,13 +106,9 @@ class Links:
         self._guard = Guard(self._context)
         most_held = max(_MOST_HELD, _HELD_MESSAGES * max_bytes)
         self._ledger = self._guard.watch(receiver, max_bytes, most_held, listens=True, most_queued=self._most_queued)
-        self._authenticator = zmq.auth.thread.ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback("ring", credentials_provider=self._allowed)
-        receiver.curve_server = True
         receiver.curve_publickey = self._keys.public.encode()
         receiver.curve_secretkey = self._keys.secret.encode()
-        receiver.zap_domain = b"ring"
+        self._guard.admit(receiver, "ring", lambda key: key in self._allowed)
 
     def _bind(self, listen: str) -> None:
         self._receiver.ipv6 = "[" in listen or "//*" in listen
@@ -128,7 +122,7 @@ class Links:
 
     def allow(self, keys: Iterable[str]) -> None:
         """From now on only these public keys may send; what others sent already is dropped unread."""
-        self._allowed.keys = frozenset(keys)
+        self._allowed = frozenset(keys)  # replaced whole: the guard's thread reads it
 
     def sender(self, peer: Peer) -> zmq.Socket[bytes]:
         """The socket to a peer, for `send`. Raises HomeinferError for a network address without its key."""
@@ -155,6 +149,9 @@ class Links:
         except zmq.ZMQError as problem:
             sender.close(linger=0)
             raise HomeinferError(f"{peer.address} can't be reached: {problem.strerror}") from problem
+        except BaseException:  # a socket left open would keep `close` waiting for ever
+            sender.close(linger=0)
+            raise
         return sender
 
     def _guarded(self, sender: zmq.Socket[bytes]) -> None:
@@ -164,7 +161,8 @@ class Links:
         self._guard.watch(sender, _MOST_ANSWER, _MOST_ANSWERS, listens=False, most_queued=1)
 
     def send(self, peer: Peer, frames: list[Any]) -> None:
-        """Queue a message for a peer. Never waits: a connection that the peer refused is made anew for it.
+        """Queue a message for a peer, until that lets this device in. Never waits: a connection over which the peer
+        broke the protocol is made anew for it.
 
         Raises HomeinferError for a network address without its key.
         """
@@ -194,7 +192,8 @@ class Links:
         if self._waker is None:
             self._waker = self._context.socket(zmq.PUSH)
             self._waker.connect(self._wake_address)
-        self._waker.send(b"")
+        with contextlib.suppress(zmq.Again):  # so much waits there that it wakes anyway
+            self._waker.send(b"", zmq.NOBLOCK)
 
     def _receive(self, flags: int) -> list[Any] | None:
         try:
@@ -232,7 +231,7 @@ class Links:
     def _may_send(self, frame: zmq.Frame) -> bool:
         """Whether a message is from someone who may send: a connection outlives the permission it was made with."""
         try:
-            return frame.get("User-Id") in self._allowed.keys
+            return frame.get("User-Id") in self._allowed
         except zmq.ZMQError:
             return False
 
@@ -243,17 +242,6 @@ class Links:
             self._waker.close(linger=0)
         for sender in self._senders.values():
             sender.close()
-        if self._authenticator is not None:
-            self._authenticator.stop()
         if self._guard is not None:
             self._guard.close()
         self._context.term()
-
-
-class _Allowed:
-    def __init__(self, keys: Iterable[str]) -> None:
-        self.keys = frozenset(keys)
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        """Whether the client with this key (Z85) may send: zmq.auth's credentials provider."""
-        return key.decode("ascii", "replace") in self.keys

@@ -27,8 +27,7 @@ from homeinfer.cluster.planning.plan import Workload
 from homeinfer.cluster.planning.profile import DeviceProfile, Network
 from homeinfer.cluster.wire.client import ClusterStatus
 from homeinfer.cluster.wire.keys import own_keys
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.model.header import read_header
 from tests.support.processes import running
 from tests.support.profiles import Machine, device_of
@@ -86,7 +85,7 @@ class Home:
         self.process.kill()
         self.process.wait()
 
-    def end(self, seconds: float = 15) -> None:
+    def end(self, seconds: float = 60) -> None:
         """Ask it to end; AssertionError when it does not."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
@@ -131,7 +130,7 @@ class TestCluster:
         with contextlib.closing(ClusterClient(self.head.state)) as client:
             return client.status()
 
-    def wait(self, true: Callable[[ClusterStatus], bool], seconds: float = 40) -> ClusterStatus:
+    def wait(self, true: Callable[[ClusterStatus], bool], seconds: float = 90) -> ClusterStatus:
         """Until the cluster says so."""
         deadline = time.monotonic() + seconds
         while True:
@@ -142,7 +141,7 @@ class TestCluster:
             assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {self.status()}\n{self.logs()}"
             time.sleep(0.05)
 
-    def ready(self, devices: int, seconds: float = 40) -> ClusterStatus:
+    def ready(self, devices: int, seconds: float = 90) -> ClusterStatus:
         """Until so many devices run the model together."""
         return self.wait(lambda s: s.state == "ready" and sum(bool(d.layers) for d in s.devices) == devices, seconds)
 
@@ -196,7 +195,7 @@ def cluster(folder: Path, options: ClusterOptions) -> Iterator[TestCluster]:
         try:
             made.down()
         finally:
-            _, left = psutil.wait_procs(below, timeout=10)
+            _, left = psutil.wait_procs(below, timeout=60)
             for process in left:
                 process.kill()
         assert not left, left

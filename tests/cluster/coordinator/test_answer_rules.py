@@ -14,8 +14,7 @@ from homeinfer.cluster.coordinator.journal import Journal
 from homeinfer.cluster.coordinator.speed import Rate, Speed
 from homeinfer.cluster.wire.client import AskAnswer
 from homeinfer.cluster.wire.messages import Spent
-from homeinfer.engine.generate import Finish, Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Finish, Request, Sampling
 
 REQUEST = Request(Sampling(temperature=0), 5)
 ASK = AskAnswer("a" * 32, "b" * 32, (1, 2, 3), REQUEST)

@@ -15,8 +15,7 @@ from homeinfer.cluster.agent_options import AgentOptions, AgentStart
 from homeinfer.cluster.client import ClusterClient, ClusterTeller
 from homeinfer.cluster.wire.codes import decode_code
 from homeinfer.cluster.wire.keys import own_keys
-from homeinfer.engine.generate import Request
-from homeinfer.engine.sampling import Sampling
+from homeinfer.engine.request import Request, Sampling
 from homeinfer.errors import HomeinferError
 from tests.cluster.coordinator.homes import GREEDY, Home, TestCluster, desk_and_box, processes
 from tests.support.reference import Reference, agreement, references
@@ -149,7 +148,7 @@ def test_a_second_cluster_on_one_machine_is_refused(pair: TestCluster) -> None:
     second = Home(pair.head.folder)
     second.start("homeinfer.cluster.coordinator", pair.options)
     assert second.process is not None
-    assert second.process.wait(20) == 1
+    assert second.process.wait(60) == 1
     assert "a cluster runs on this machine already" in second.log()
 
 
@@ -168,7 +167,7 @@ def test_a_device_is_paired_by_code_and_forgotten_by_name(pair: TestCluster) -> 
             client.order("forget", "desk")
         client.order("forget", "desk-2")
         assert pad.process is not None
-        assert pad.process.wait(20) == 0
+        assert pad.process.wait(60) == 0
         assert "this device was forgotten" in pad.log()
         assert [device.name for device in client.status().devices] == ["desk", "box"]
 
@@ -187,7 +186,7 @@ def test_taken_down_in_the_middle_of_an_answer_it_says_so_and_leaves_nothing(
     with pytest.raises(HomeinferError, match="the cluster was taken down"):
         pair.tell(expected.prompt, LIMIT, on_token)
     assert pair.head.process is not None
-    assert pair.head.process.wait(20) == 0
+    assert pair.head.process.wait(60) == 0
     assert sorted(path.name for path in (pair.head.state / "run").iterdir()) == ["lock"]
     assert not list((pair.head.state / "cluster" / "answers").iterdir())
     assert pair.devices["box"].process is not None

@@ -14,7 +14,7 @@ from homeinfer.cluster.coordinator.speed import Rates
 from homeinfer.cluster.coordinator.state import Probing
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.client import Order
-from homeinfer.engine.scheduler import MOST_REPLAYED
+from homeinfer.engine.generate import MOST_REPLAYED
 from tests.cluster.coordinator.world import LAYERS, NAMES, World, options, profile, running
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from homeinfer.cluster.planning.memory import PAGES, MemoryModel
 from homeinfer.cluster.planning.plan import Ring, Window, Workload
 from homeinfer.cluster.planning.problem import Problem
@@ -64,6 +66,21 @@ def test_a_buffer_smaller_than_a_layer_is_named() -> None:
         trouble = simulator.trouble(a_ring(("head", "rsr")))
         assert (trouble is None) == fits
         assert fits or "head would need" in str(trouble)
+
+
+def test_a_streamed_output_matrix_needs_room_for_what_of_it_is_used_at_once() -> None:
+    layers = tuple(msgspec.structs.replace(layer, largest_bytes=10 * MB) for layer in a_shape(3).layers)
+    shape = msgspec.structs.replace(a_shape(3), layers=layers)
+    device = a_device("head")
+    for block, room in ((0, 50 * MB + PAGES + 10 * MB), (8 * MB, 18 * MB), (20 * MB, 40 * MB)):
+        blocks = msgspec.structs.replace(shape, output_block_bytes=block)
+        assert MemoryModel(Problem(blocks, (device,), _PLAIN)).room(3) == room
+    whole = (Window("head", 0, 3, "sss"),)
+    blocks = msgspec.structs.replace(shape, output_block_bytes=8 * MB)
+    fixed = MemoryModel(Problem(blocks, (device,), _PLAIN)).of_device(device, whole).fixed
+    for memory, fits in ((fixed + 59 * MB, False), (fixed + 61 * MB, True)):  # the model's own file, not a window file
+        small = a_device("head", memory)
+        assert (MemoryModel(Problem(blocks, (small,), _PLAIN)).of_device(small, whole).trouble is None) == fits
 
 
 def test_gpu_layers_take_the_gpus_memory() -> None:

@@ -80,6 +80,11 @@ class OwnZmtp:
 
     def connect(self, own: Pair, server: bytes) -> None:
         """The client's handshake."""
+        self.initiate(own, server)
+        assert self._next_frame()[:6] == b"\x05READY"
+
+    def initiate(self, own: Pair, server: bytes) -> None:
+        """The client's part of it: whether it is let in is up to the server now."""
         self.greet(as_server=False)
         box = _box(bytes(64), b"CurveZMQHELLO---" + self._nonce(), server, self._short.secret)
         hello = b"\x05HELLO\1\0" + bytes(72) + self._short.public + self._last_nonce() + box
@@ -92,7 +97,10 @@ class OwnZmtp:
         plain = own.public + bytes(16) + vouch + _metadata(self._kind)
         box = _box(plain, b"CurveZMQINITIATE" + self._nonce(), self._theirs, self._short.secret)
         self.connection.sendall(zmtp_frame(b"\x08INITIATE" + cookie + self._last_nonce() + box, 4))
-        assert self._next_frame()[:6] == b"\x05READY"
+
+    def heard_to_the_end(self) -> bytes:
+        """What the other side sends from now on until it closes the connection."""
+        return self._stream.read()
 
     def accept(self, own: Pair) -> None:
         """The server's handshake; whoever comes is let in."""
@@ -166,3 +174,20 @@ def dialled(port: int, own: Pair, server_key: str, kind: bytes = b"DEALER") -> I
         yield peer
     finally:
         peer.close()
+
+
+def heard_by_a_stranger(port: int, server_key: str, kind: bytes, own: Pair | None = None) -> bytes:
+    """All that a listener on the loopback says after the handshake to one whose key it does not allow: on a connection
+    that waits, and on one over which a message is sent nevertheless."""
+    heard = b""
+    for message in (b"", b"let me in"):
+        peer = OwnZmtp(system_socket.create_connection(("127.0.0.1", port), 30), kind)
+        try:
+            peer.initiate(own or raw_pair(*new_keys()), z85.decode(server_key))
+            with contextlib.suppress(ConnectionError) if message else contextlib.nullcontext():
+                if message:
+                    peer.send(message)
+                heard += peer.heard_to_the_end()
+        finally:
+            peer.close()
+    return heard

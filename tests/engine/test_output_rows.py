@@ -1,0 +1,85 @@
+"""A streamed output matrix is used in blocks of rows where that gives the same numbers, and only there."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from homeinfer.engine.streaming import Span, stream_groups
+from homeinfer.model.header import Header, MetaValue, TensorInfo, ValueType, read_header
+from homeinfer.model.output_blocks import BLOCK_BYTES, PAGE, block_bytes, block_rows, output_matrix
+from homeinfer.model.window_file import cut_windows
+
+
+def test_blocks_are_whole_rows_in_whole_pages(smollm2_path: Path) -> None:
+    header = read_header(smollm2_path)
+    matrix = output_matrix(header)
+    assert matrix is not None
+    rows = block_rows(header)
+    assert 0 < rows < matrix.shape[1]
+    assert block_bytes(header) == rows * matrix.nbytes // matrix.shape[1] <= BLOCK_BYTES
+    assert block_bytes(header) % PAGE == 0
+
+
+def test_a_window_file_streams_all_of_its_output_matrix_in_such_blocks(
+    smollm2_path: Path, windows_folder: Path
+) -> None:
+    model = read_header(smollm2_path)
+    header = read_header(cut_windows(model, ((0, 29), (29, 30)), windows_folder)[1])
+    matrix = header.tensor("token_embd.weight")
+    assert matrix is not None
+    inside = [span for span in spans(header) if matrix.offset <= span.begin < matrix.offset + matrix.nbytes]
+    assert [span.nbytes for span in inside[:-1]] == [block_bytes(model)] * (len(inside) - 1)
+    assert len(inside) > 2
+    assert inside[0].begin == matrix.offset
+    assert all(a.end == b.begin for a, b in itertools.pairwise(inside))
+    assert inside[-1].end >= matrix.offset + matrix.nbytes
+
+
+def test_a_matrix_that_does_not_begin_with_a_page_is_used_as_a_whole(smollm2_path: Path, windows_folder: Path) -> None:
+    model = read_header(smollm2_path)
+    header = read_header(cut_windows(model, ((0, 29), (29, 30)), windows_folder)[1])
+    moved = tuple(
+        msgspec.structs.replace(t, offset=t.offset + 32) if t.name == "token_embd.weight" else t for t in header.tensors
+    )
+    matrix = next(tensor for tensor in moved if tensor.name == "token_embd.weight")
+    found = spans(msgspec.structs.replace(header, tensors=moved))
+    assert sum(span.begin < matrix.offset + matrix.nbytes and span.end > matrix.offset for span in found) == 1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more"),
+    [
+        ("gemma3", ()),
+        ("command-r", ()),
+        ("llama", ("output.bias",)),
+        ("llama", ("short",)),
+        ("llama", ("scaled",)),
+    ],
+)
+def test_where_more_than_a_product_makes_the_logits_it_is_used_as_a_whole(
+    smollm2_path: Path, architecture: str, more: tuple[str, ...]
+) -> None:
+    header = read_header(smollm2_path, vocabulary=False)
+    said = {**header.metadata, "general.architecture": MetaValue(ValueType.STRING, architecture)}
+    tensors = header.tensors
+    if more == ("scaled",):
+        said["llama.logit_scale"] = MetaValue(ValueType.FLOAT32, 0.5)
+    elif more == ("short",):
+        tensors = tuple(t if t.name != "token_embd.weight" else short(t) for t in tensors)
+    elif more:
+        tensors = (*tensors, TensorInfo(more[0], (49152,), "F32", 0, 4 * 49152, 0))
+    assert block_rows(msgspec.structs.replace(header, metadata=said, tensors=tensors)) == 0
+    assert block_rows(header) > 0
+
+
+def short(tensor: TensorInfo) -> TensorInfo:
+    """With so few rows that blocks would save nothing."""
+    return msgspec.structs.replace(tensor, shape=(tensor.shape[0], 512), nbytes=tensor.nbytes // tensor.shape[1] * 512)
+
+
+def spans(header: Header) -> list[Span]:
+    return [span for group in stream_groups(header, takes_tokens=False, is_last=True) for span in group.spans]
