@@ -61,7 +61,8 @@ def quantize(
     label = check_usage(options)
     target = destination or default_destination(source, label)
     rules = [parse_tensor_rule(rule) for rule in options.tensor or ()]
-    with interruptible("nothing was written"):
+    before = _stamp(target)
+    with interruptible(lambda: "nothing was written" if _stamp(target) == before else f"{target} is complete"):
         if options.dry_run:
             _show_found(_dry_run(source, options, rules), json)
             return
@@ -69,6 +70,15 @@ def quantize(
         result = way(source, target, options, rules)
     _show_notes(result.notes)
     typer.echo(msgspec.json.encode(result) if json else _summary(result))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Of a file as it is now, so that one can tell whether another has taken its place."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return None
+    return seen.st_ino, seen.st_mtime_ns
 
 
 def _to_recipe(source: Path, target: Path, options: QuantizeOptions, rules: Sequence[TensorRule]) -> QuantizeResult:

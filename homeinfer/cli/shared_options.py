@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -87,10 +87,11 @@ def wrong_usage(line: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def interruptible(remark: str = "") -> Iterator[None]:
+def interruptible(remark: str | Callable[[], str] = "") -> Iterator[None]:
     """Ctrl-C meanwhile: say so, and what that means, in one line, and leave with exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"homeinfer: interrupted{remark and ': '}{remark}", err=True)
+        means = remark if isinstance(remark, str) else remark()
+        typer.echo(f"homeinfer: interrupted{means and ': '}{means}", err=True)
         raise typer.Exit(_INTERRUPTED) from None

@@ -38,7 +38,7 @@ _BLIND_SECONDS = 0.25
 """Where the system does not tell that a process has ended, it is looked at so often."""
 _GATHER_MS = 40.0
 """Nobody reads faster than so."""
-_NO_MEMORY = ("no memory", "failed to allocate", "bad_alloc", "cannot allocate")
+_NO_MEMORY = ("no memory", "failed to allocate", "bad_alloc", "cannot allocate", "unable to allocate", "memoryerror")
 
 Prepare = Callable[[], Awaitable[Windows]]
 

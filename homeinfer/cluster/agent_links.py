@@ -86,8 +86,8 @@ class _End:
 
     def bind(self, address: str, allowed: str) -> None:
         """Listen to one key. Raises HomeinferError."""
-        self._guard.admit(self.socket, "probe", lambda key: key == allowed)
         try:
+            self._guard.admit(self.socket, "probe", lambda key: key == allowed)
             self.socket.bind(address)
         except zmq.ZMQError as problem:
             raise HomeinferError(f"can't listen at {address} to time a link: {problem.strerror}") from None

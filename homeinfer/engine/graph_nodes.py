@@ -53,7 +53,7 @@ class _GraphPlan(ctypes.Structure):
 @contextlib.contextmanager
 def no_memory_context(ggml: Any, nbytes: int) -> Iterator[Any]:
     """A ggml_context whose tensors have no data, with room for nbytes of their descriptions and work buffers. Raises
-    HomeinferError when there is no memory for it."""
+    HomeinferError when ggml makes none."""
     context = ggml.ggml_init(_InitParams(nbytes, None, True))
     if not context:
         raise HomeinferError("no memory for a graph")
@@ -82,6 +82,8 @@ def typed_ggml() -> Any:
         ("ggml_graph_plan", _GraphPlan, [pointer, ctypes.c_int, pointer]),
         ("ggml_graph_compute_with_ctx", ctypes.c_int, [pointer, pointer, ctypes.c_int]),
     ):
-        function = getattr(ggml, name)
+        function = getattr(ggml, name, None)
+        if function is None:
+            raise HomeinferError(f"this llama.cpp has no {name}: pip install 'llama-cpp-python=={runtime.OLDEST}'")
         function.restype, function.argtypes = result, arguments
     return ggml

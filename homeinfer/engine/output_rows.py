@@ -62,16 +62,20 @@ class OutputRows:
         self._ggml = typed_ggml()
 
     def logits(self, hidden: bytes) -> bytes:
-        """float32 [n, n_rows] of rows float32 [n, n_embd]. Raises HomeinferError when ggml can't."""
+        """float32 [n, n_rows] of rows float32 [n, n_embd]; of no use where the streamer then says that weights could
+        not be read. Raises HomeinferError when ggml can't."""
         matrix = self._matrix
         rows = np.frombuffer(hidden, np.float32).reshape(-1, matrix.n_embd)
         found = np.empty((len(rows), matrix.n_rows), np.float32)
         for begin in range(0, matrix.n_rows if len(rows) else 0, matrix.block_rows):
             end = min(begin + matrix.block_rows, matrix.n_rows)
-            found[:, begin:end] = self._block(rows, begin, end - begin)
+            block = self._block(rows, begin, end - begin)
+            if block is None:
+                break
+            found[:, begin:end] = block
         return found.tobytes()
 
-    def _block(self, rows: Floats, begin: int, count: int) -> Floats:
+    def _block(self, rows: Floats, begin: int, count: int) -> Floats | None:
         ggml, matrix = self._ggml, self._matrix
         out = np.empty((len(rows), count), np.float32)
         with no_memory_context(ggml, _GRAPH_BYTES) as context:
@@ -83,18 +87,20 @@ class OutputRows:
             _put(product, out.ctypes.data)
             graph = ggml.ggml_new_graph(context)
             ggml.ggml_build_forward_expand(graph, product)
-            self._compute(graph, product)
-        return out
+            goes_on = self._compute(graph, product)
+        return out if goes_on else None
 
-    def _compute(self, graph: Any, product: Any) -> None:
+    def _compute(self, graph: Any, product: Any) -> bool:
+        """Whether there is a next one: not where the weights could not be read."""
         ggml = self._ggml
         work = ggml.ggml_graph_plan(graph, self._n_threads, None).work_size
         with no_memory_context(ggml, work + _SPARE) as context:
             self._on_node(product, True, self._user)
             status = ggml.ggml_graph_compute_with_ctx(context, graph, self._n_threads)
-            self._on_node(product, False, self._user)
+            goes_on = self._on_node(product, False, self._user)
         if status:
             raise HomeinferError(f"ggml can't multiply by the output matrix: status {status}")
+        return bool(goes_on)
 
 
 def _put(tensor: Any, address: int) -> None:

@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ machine 50 µs is a spin count of about 2,000; the default of 200,000 made a rin
 
 _log: deque[str] = deque(maxlen=200)
 _keep: list[object] = []
+_importing = threading.Lock()
 
 
 def prepare_environment(environment: dict[str, str] | os._Environ[str] = os.environ) -> None:
@@ -102,18 +104,19 @@ def llama() -> ModuleType:
 def _bindings(name: str) -> ModuleType:
     """A module of llama-cpp-python, without its package's own imports: templates, caches and a database take 6 MB that
     an idle engine would never use. Whoever imports the package itself later gets it whole."""
-    if "llama_cpp" in sys.modules:
-        return importlib.import_module(f"llama_cpp.{name}")
-    found = importlib.util.find_spec("llama_cpp")
-    if found is None:
-        raise ImportError("there is no llama_cpp")
-    bare = ModuleType("llama_cpp")
-    bare.__path__ = list(found.submodule_search_locations or ())
-    sys.modules["llama_cpp"] = bare
-    try:
-        return importlib.import_module(f"llama_cpp.{name}")
-    finally:
-        del sys.modules["llama_cpp"]
+    with _importing:
+        if "llama_cpp" in sys.modules:
+            return importlib.import_module(f"llama_cpp.{name}")
+        found = importlib.util.find_spec("llama_cpp")
+        if found is None:
+            raise ImportError("there is no llama_cpp")
+        bare = ModuleType("llama_cpp")
+        bare.__path__ = list(found.submodule_search_locations or ())
+        sys.modules["llama_cpp"] = bare
+        try:
+            return importlib.import_module(f"llama_cpp.{name}")
+        finally:
+            sys.modules.pop("llama_cpp", None)
 
 
 def recent_log() -> str:

@@ -111,6 +111,7 @@ class Streamer:
 
         Raises HomeinferError what `load` raises, and when the file can't be mapped or read.
         """
+        self.output = None
         header = read_header(path, vocabulary=False)
         if self._native is None or len(header.files) != 1:
             return load(path)
@@ -152,7 +153,7 @@ class Streamer:
 
     @property
     def least_bytes(self) -> int:
-        """The smallest buffer: what is kept, and in each window the two largest tensors at once."""
+        """The smallest buffer: what is kept, and in each window the two largest tensors, or blocks of one, at once."""
         return least_buffer(self._windows)
 
     def start(self) -> None:
@@ -270,7 +271,7 @@ def output_matrix(header: Header, takes_tokens: bool, mappings: Sequence[stream_
         return None
     at = stream_file.place(mappings, matrix.offset, matrix.offset + matrix.nbytes)
     if at is None:
-        return None
+        raise HomeinferError(f"{header.files[0].path}: llama.cpp has not mapped the output matrix as a whole")
     n_embd, n_rows = matrix.shape[:2]
     return OutputMatrix(at, TYPE_NUMBERS[matrix.type], n_embd, n_rows, matrix.nbytes // n_rows, rows)
 

@@ -122,6 +122,8 @@ class LayerWindow:
         params.n_threads = params.n_threads_batch = spec.n_threads
         params.flash_attn_type = int(spec.flash_attention)
         params.no_perf = True
+        # a GPU would be given weights before anybody has waited for them to be read
+        params.op_offload = self._streamer is None
         if not self.is_last or self._streamer is not None:
             self._capture = _native.capture_new(
                 runtime.address("ggml_get_name"),
@@ -210,9 +212,9 @@ class LayerWindow:
                 out = self._output.logits(out)
                 microseconds += (time.perf_counter() - begin) * 1e6
         except ValueError as problem:
-            self._after_graph()
             raise HomeinferError(f"layers {self.spec.first} to {self.spec.last - 1}: {problem}") from problem
-        self._after_graph()
+        finally:
+            self._after_graph()
         if status:
             raise HomeinferError(_DECODE_ERRORS.get(status, f"llama_decode failed with {status}: {runtime.reason('')}"))
         self.computing = microseconds * 1e-6

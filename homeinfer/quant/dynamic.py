@@ -94,7 +94,8 @@ def quantize_to_budget(
     """Write the model with at most limit_bytes, as close to the source as can be.
 
     text: what the model reads to be measured (a default one without); an imatrix instead gives only how much each
-    channel counts. Raises HomeinferError for whatever is wrong; KeyboardInterrupt passes through, nothing is left.
+    channel counts. Raises HomeinferError for whatever is wrong; KeyboardInterrupt passes through: nothing is left, or,
+    while the report is made, the whole file.
     """
     began, cores = time.monotonic(), threads or usable_cores()
     target = checked_destination(Path(destination), header, force)

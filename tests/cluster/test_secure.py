@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import socket as system_socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import NoReturn
 
 import psutil
 import pytest
 import zmq
 import zmq.asyncio
 
+from homeinfer.cluster.wire.guard import Guard
 from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.secure import (
     Secure,
@@ -307,3 +310,25 @@ def test_zap_refuses_silently_what_is_not_a_known_key(change: dict[int, bytes]) 
     assert zap_reply(request, guards)[2] == b"200"
     changed = [change.get(n, frame) for n, frame in enumerate(request, 1)]
     assert zap_reply(changed, guards) == [b"1.0", b"7", b"300", b"", b"", b""]
+
+
+def test_a_connection_that_could_not_be_opened_takes_nothing_away_from_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a real limit of descriptors libzmq itself sometimes aborts: here only the guard finds none left."""
+    made: list[zmq.Socket[bytes]] = []
+
+    def none_left(_: Guard, socket: zmq.Socket[bytes], *_args: object, **_options: object) -> NoReturn:
+        made.append(socket)
+        raise zmq.ZMQError(errno.EMFILE)
+
+    async def test() -> None:
+        async with secure() as sockets:
+            with monkeypatch.context() as patch:
+                patch.setattr(Guard, "watch", none_left)
+                with pytest.raises(HomeinferError, match=r"can't open another connection .*: close other programs"):
+                    sockets.dealer("tcp://127.0.0.1:9", sockets.keys.public, MOST_BYTES)
+            assert [socket.closed for socket in made] == [True]
+            assert not sockets.dealer("tcp://127.0.0.1:9", sockets.keys.public, MOST_BYTES).closed
+
+    asyncio.run(asyncio.wait_for(test(), 60))

@@ -8,10 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from homeinfer.engine.streaming import Span, stream_groups
+from homeinfer.cluster.planning.memory import MemoryModel
+from homeinfer.cluster.planning.model_shape import model_shape
+from homeinfer.cluster.planning.plan import Workload
+from homeinfer.cluster.planning.problem import Problem
+from homeinfer.engine.streaming import Span, least_buffer, stream_groups
 from homeinfer.model.header import Header, MetaValue, TensorInfo, ValueType, read_header
 from homeinfer.model.output_blocks import BLOCK_BYTES, PAGE, block_bytes, block_rows, output_matrix
 from homeinfer.model.window_file import cut_windows
+from tests.support.profiles import Machine, device_of
 
 
 def test_blocks_are_whole_rows_in_whole_pages(smollm2_path: Path) -> None:
@@ -79,6 +84,17 @@ def test_where_more_than_a_product_makes_the_logits_it_is_used_as_a_whole(
 def short(tensor: TensorInfo) -> TensorInfo:
     """With so few rows that blocks would save nothing."""
     return msgspec.structs.replace(tensor, shape=(tensor.shape[0], 512), nbytes=tensor.nbytes // tensor.shape[1] * 512)
+
+
+def test_what_a_plan_leaves_for_streaming_is_enough_for_the_engine(smollm2_path: Path, windows_folder: Path) -> None:
+    model = read_header(smollm2_path)
+    shape = model_shape(model, Workload())
+    problem = Problem(shape, (device_of(Machine("d", 8 << 30, 1e10, 1e11, 1e9), shape),), Workload())
+    room = MemoryModel(problem).room
+    for edges in (((0, 1), (1, 30)), ((0, 29), (29, 30))):
+        for (first, last), path in zip(edges, cut_windows(model, edges, windows_folder), strict=True):
+            groups = stream_groups(read_header(path), takes_tokens=False, is_last=last == 30)
+            assert max(room(layer) for layer in range(first, last + (last == 30))) >= least_buffer([groups])
 
 
 def spans(header: Header) -> list[Span]:

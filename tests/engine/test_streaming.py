@@ -19,6 +19,7 @@ from homeinfer.engine.streaming import Span, Streamer, StreamGroup, least_buffer
 from homeinfer.engine.window import LayerWindow
 from homeinfer.engine.window_spec import WindowSpec
 from homeinfer.errors import HomeinferError
+from homeinfer.model import output_blocks
 from homeinfer.model.header import Header, HeaderFile, MetaValue, TensorInfo, ValueType, read_header
 from tests.support.tiny_models import make_tiny_models
 from tests.support.windows import allowed_cuts, forward, windows_of
@@ -272,6 +273,25 @@ def test_a_buffer_too_small_is_refused(specs: list[WindowSpec], opened: Open) ->
         HomeinferError, match=r"a buffer of 16\.0 MB for streamed layers, which need 16\.\d MB at least"
     ):
         opened(specs, 16_000_000)
+
+
+def test_an_output_matrix_of_its_own_is_used_in_blocks_wherever_that_is_allowed(
+    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_blocks, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(streaming, "SMALL", 0)
+    assert not make_tiny_models(tmp_path, ("llama", "qwen2", "qwen3"))
+    for name, in_blocks in (("llama", True), ("qwen2", False), ("qwen3", True)):  # this qwen2 has a bias there
+        header = read_header(tmp_path / f"{name}.gguf")
+        assert header.tensor("output.weight") is not None
+        specs = specs_of(header, max(allowed_cuts(header), key=len), tmp_path)
+        mapped = [LayerWindow(spec) for spec in specs]
+        expected = answers(mapped, mapped[-1].n_vocab)
+        for window in mapped:
+            window.close()
+        streamer, windows = opened(specs, ROOM)
+        assert (streamer.output is not None and streamer.output.block_rows == 16) == in_blocks
+        assert np.array_equal(answers(windows, windows[-1].n_vocab), expected), name
 
 
 def test_any_architecture_is_streamed_tensor_by_tensor(

@@ -47,6 +47,8 @@ class MemoryModel:
         self._touched = [
             round(layer.expert_bytes * distinct_share(layer.expert_share, workload.sequences)) for layer in shape.layers
         ] + [0]
+        self._most_touched = max(self._touched)
+        self._small = small_bytes(self._n, shape.hidden_bytes)
         self._always = [layer.nbytes - layer.expert_bytes + PAGES for layer in shape.layers]
         self._always.append(shape.output_bytes + PAGES)
 
@@ -83,17 +85,24 @@ class MemoryModel:
                     end = last + 1 if last == self._n else last
                     least = max(least, max(self.room(layer) for layer in range(first, end)))
                     if last - first == self._n:  # the model's own file, whose output matrix is used as a whole
-                        least = max(least, self.always(last) + shape.layers[-1].largest_bytes)
+                        least = max(least, self._with_passing(self.always(last) + shape.layers[-1].largest_bytes))
         return self._judged(profile, fixed, least, tuple(gpus), files)
 
     def room(self, layer: int) -> int:
         """The least buffer for a streamed layer: the two largest tensors that each token touches, since while one is
-        used the next one is read (engine/streaming.least_buffer), and the experts of one step."""
+        used the next one is read, the small ones that are kept (engine/streaming.least_buffer), and the experts of one
+        step, of whichever layer that touches most."""
+        return self._with_passing(self._pair(layer))
+
+    def _with_passing(self, pair: int) -> int:
+        return pair + self._small + self._most_touched
+
+    def _pair(self, layer: int) -> int:
         layers = self._shape.layers
         if layer == self._n:
             block = min(self._shape.output_block_bytes or self.always(layer), self.always(layer))
             return block + max(layers[-1].largest_bytes, self._shape.output_block_bytes)
-        return min(self.always(layer), 2 * layers[layer].largest_bytes or self.always(layer)) + self._touched[layer]
+        return min(self.always(layer), 2 * layers[layer].largest_bytes or self.always(layer))
 
     def always(self, layer: int) -> int:
         """Bytes of a streamed layer that every token reads, in whole pages; the output matrix is streamed as if it
@@ -121,6 +130,11 @@ class MemoryModel:
         if files > profile.disk.free_bytes:
             trouble = f"{name}'s disk has no room for {files / 1e9:.2f} GB of window files"
         return DeviceMemory(fixed, limit, max(buffer, 0), gpus, files, trouble)
+
+
+def small_bytes(n_layers: int, hidden_bytes: int) -> int:
+    """About what the small tensors of so many layers take, which are kept: two norms each, in whole pages of 4 kB."""
+    return PAGES + 2 * n_layers * (hidden_bytes + -hidden_bytes % 4096)
 
 
 def distinct_share(share: float, n: int) -> float:

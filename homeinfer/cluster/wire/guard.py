@@ -71,11 +71,11 @@ class Guard:
         socket.rcvhwm = 0 if CAN_COUNT else most_queued
         ledger = Ledger(most_bytes, most_held, listens=listens)
         endpoint = f"inproc://guarded-{next(_numbers)}"
-        socket.monitor(endpoint, _EVENTS)
-        with contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as opened:  # first who hears: libzmq waits for ever to tell nobody of an end
             events: zmq.Socket[bytes] = opened.enter_context(self._context.socket(zmq.PAIR))
             events.rcvhwm = 100_000
             events.connect(endpoint)
+            socket.monitor(endpoint, _EVENTS)
             opened.pop_all()
         self._new.append((events, (ledger, on_event)))
         self._wake()
@@ -93,13 +93,16 @@ class Guard:
         try:
             self._watch_all()
         finally:
-            # a socket made just before close(): left open, its events would keep the context from ending for ever
-            self._taken_in()
-            for events in list(self._watched):
-                self._stop(events)
-            if self._door is not None:
-                self._door.close()
+            self._close_all()
             self._woken.close(linger=0)
+
+    def _close_all(self) -> None:
+        """Also what was made just before the end: left open, it would keep the context from ending for ever."""
+        self._taken_in()
+        for events in list(self._watched):
+            self._stop(events)
+        if self._door is not None:
+            self._door.close()
 
     def _watch_all(self) -> None:
         poller = zmq.Poller()
@@ -166,6 +169,7 @@ class Guard:
             self._wake()
             self._thread.join()
             self._waker.close(linger=0)
+            self._close_all()  # what was made when the thread had failed
 
 
 def count_taken(ledger: Ledger, frame: zmq.Frame, nbytes: int) -> None:

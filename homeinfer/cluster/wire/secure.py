@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 from collections.abc import Sequence
@@ -120,14 +121,18 @@ class Secure:
     def _socket(self, kind: int, most_bytes: int, on_event: OnEvent = lambda _: None) -> _Counted:
         self._sockets = [socket for socket in self._sockets if not socket.closed]
         try:
-            self._sockets.append(_Counted(self._context, kind))
-            return self._set_up(self._sockets[-1], kind, most_bytes, on_event)
+            with contextlib.ExitStack() as opened:
+                socket = opened.enter_context(_Counted(self._context, kind))
+                self._set_up(socket, kind, most_bytes, on_event)
+                opened.pop_all()
         except zmq.ZMQError as problem:
             raise HomeinferError(
                 f"this device can't open another connection ({problem.strerror}): close other programs"
             ) from None
+        self._sockets.append(socket)
+        return socket
 
-    def _set_up(self, socket: _Counted, kind: int, most_bytes: int, on_event: OnEvent) -> _Counted:
+    def _set_up(self, socket: _Counted, kind: int, most_bytes: int, on_event: OnEvent) -> None:
         socket.curve_publickey = self.keys.public.encode()
         socket.curve_secretkey = self.keys.secret.encode()
         socket.ipv6 = True
@@ -146,7 +151,6 @@ class Secure:
             most_queued=max(2, min(_QUEUE, _MOST_HELD // most_bytes)),
             on_event=on_event,
         )
-        return socket
 
     async def _answer_zap(self) -> None:
         while True:

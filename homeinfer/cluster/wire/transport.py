@@ -136,6 +136,7 @@ class Links:
             raise HomeinferError(f"{peer.address} would be reached in the clear: a ring needs keys there")
         sender: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         sender.linger = 1000
+        sender.reconnect_ivl, sender.reconnect_ivl_max = 100, 1000
         sender.sndhwm = 0  # what is sent is bounded by what this device has under way: sending must never wait
         try:
             if not is_file and self._keys is not None and peer.public is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from homeinfer.cluster.planning.memory import PAGES, MemoryModel
+from homeinfer.cluster.planning.memory import PAGES, MemoryModel, small_bytes
 from homeinfer.cluster.planning.plan import Ring, Window, Workload
 from homeinfer.cluster.planning.problem import Problem
 from homeinfer.cluster.planning.simulate import Simulator
@@ -59,7 +59,7 @@ def test_headroom_is_left_free() -> None:
 
 def test_a_buffer_smaller_than_a_layer_is_named() -> None:
     shape = a_shape(3)
-    least = 100 * MB + PAGES
+    least = 100 * MB + PAGES + small_bytes(3, shape.hidden_bytes)
     needed = _needed("rsr")[0] + least
     for memory, fits in ((needed - 1, False), (needed, True)):
         simulator = Simulator(Problem(shape, (a_device("head", memory),), _PLAIN))
@@ -74,7 +74,7 @@ def test_a_streamed_output_matrix_needs_room_for_what_of_it_is_used_at_once() ->
     device = a_device("head")
     for block, room in ((0, 50 * MB + PAGES + 10 * MB), (8 * MB, 18 * MB), (20 * MB, 40 * MB)):
         blocks = msgspec.structs.replace(shape, output_block_bytes=block)
-        assert MemoryModel(Problem(blocks, (device,), _PLAIN)).room(3) == room
+        assert MemoryModel(Problem(blocks, (device,), _PLAIN)).room(3) == room + small_bytes(3, shape.hidden_bytes)
     whole = (Window("head", 0, 3, "sss"),)
     blocks = msgspec.structs.replace(shape, output_block_bytes=8 * MB)
     fixed = MemoryModel(Problem(blocks, (device,), _PLAIN)).of_device(device, whole).fixed

@@ -101,16 +101,18 @@ def guarded(is_allowed: object) -> Iterator[tuple[zmq.Context[zmq.Socket[bytes]]
     socket.curve_publickey, socket.curve_secretkey = own.encode(), secret.encode()
     guard.watch(socket, MOST, MOST, listens=True, most_queued=2)
     guard.admit(socket, "test", is_allowed)  # type: ignore[arg-type]
-    yield context, guard, socket, socket.bind_to_random_port("tcp://127.0.0.1"), own
 
     def end() -> None:
         socket.close(linger=0)
         guard.close()
         context.term()
 
-    ending = threading.Thread(target=end, daemon=True)
-    ending.start()
-    ending.join(PATIENCE_SECONDS)
+    try:
+        yield context, guard, socket, socket.bind_to_random_port("tcp://127.0.0.1"), own
+    finally:
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(PATIENCE_SECONDS)
     assert not ending.is_alive()
 
 
