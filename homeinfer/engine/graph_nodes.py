@@ -38,6 +38,26 @@ def product_operations() -> tuple[int, int]:
     return of_dense[1], of_experts[1]
 
 
+class GgmlTensor(ctypes.Structure):
+    """struct ggml_tensor (native/tensor.h, which product_operations compares with real ones)."""
+
+
+GgmlTensor._fields_ = (
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(GgmlTensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+)
+
+
 class _InitParams(ctypes.Structure):
     """struct ggml_init_params."""
 

@@ -1,8 +1,7 @@
-"""Huge pages for weights: with 4 kB pages a decode step spends 2 to 3 % of its time looking addresses up (1.2B Q4_K_M).
+"""Huge pages for weights, of which each decode step looks up the addresses of all.
 
 Only whole huge pages inside large blocks of memory, so that a device short of memory loses nothing by it. Not all that
-malloc gives (glibc.malloc.hugetlb): of a context's buffers a step touches a little here and there, and that way an
-idle engine held 26 MB more.
+malloc gives (glibc.malloc.hugetlb): of a context's buffers a step touches a little here and there, each a huge page.
 """
 
 from __future__ import annotations

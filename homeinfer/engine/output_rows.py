@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from homeinfer.engine.graph_nodes import no_memory_context, typed_ggml
+from homeinfer.engine.graph_nodes import GgmlTensor, no_memory_context, typed_ggml
 from homeinfer.engine.pipeline import Floats
 from homeinfer.errors import HomeinferError
 
@@ -33,24 +33,6 @@ class OutputMatrix(msgspec.Struct, frozen=True):
     n_rows: int
     row_bytes: int
     block_rows: int
-
-
-class _Tensor(ctypes.Structure):
-    """struct ggml_tensor up to its data (native/tensor.h, compared with a real one in graph_nodes)."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-    )
 
 
 class OutputRows:
@@ -105,4 +87,4 @@ class OutputRows:
 
 def _put(tensor: Any, address: int) -> None:
     """Let a tensor's data be there."""
-    _Tensor.from_address(tensor).data = address
+    GgmlTensor.from_address(tensor).data = address

@@ -102,8 +102,8 @@ def llama() -> ModuleType:
 
 
 def _bindings(name: str) -> ModuleType:
-    """A module of llama-cpp-python, without its package's own imports: templates, caches and a database take 6 MB that
-    an idle engine would never use. Whoever imports the package itself later gets it whole."""
+    """A module of llama-cpp-python, without its package's own imports: templates, caches and a database are nothing
+    that an idle engine would use. Whoever imports the package itself later gets it whole."""
     with _importing:
         if "llama_cpp" in sys.modules:
             return importlib.import_module(f"llama_cpp.{name}")

@@ -173,8 +173,8 @@ class _Steps:
 
 
 def rows(n: int, n_embd: int) -> Floats:
-    """Hidden states, float32 [n, n_embd], of about the size that a model's are. (numpy.random would be 9 MB in
-    `private_bytes` that no engine has.)"""
+    """Hidden states, float32 [n, n_embd], of about the size that a model's are. (numpy.random would add to
+    `private_bytes` what no engine has.)"""
     return np.sin(np.arange(n * n_embd, dtype=np.float32) ** 2).reshape(n, n_embd)
 
 

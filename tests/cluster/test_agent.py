@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from homeinfer.cluster.agent_options import Ended, EngineNow, Seeking
+from homeinfer.cluster.agent import Agent
+from homeinfer.cluster.agent_options import AgentEvent, Ended, EngineNow, Seeking
 from homeinfer.cluster.wire import control
 from homeinfer.cluster.wire.control import WindowRun
 from homeinfer.model.header import read_header
 from homeinfer.model.window_plan import n_layers
 from tests.support.processes import engines
-from tests.support.scripted_head import a_head, agent_options, an_agent, greedy, part_of, tiny_model
+from tests.support.scripted_head import Head, a_head, agent_options, an_agent, greedy, part_of, tiny_model
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -68,18 +70,22 @@ def test_a_device_fetches_loads_answers_and_survives_what_happens(tmp_path: Path
     run(test())
 
 
-def test_the_engine_is_kept_while_the_head_is_away(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model")
+@asynccontextmanager
+async def loaded(folder: Path) -> AsyncIterator[tuple[Head, Agent, list[AgentEvent], control.Part, int]]:
+    """A head, and an agent whose engine has two windows; the part, and the engine's port."""
+    model = tiny_model(folder / "model")
     n = n_layers(read_header(model))
+    async with a_head(folder / "head") as head, an_agent(agent_options(head, folder / "desk")) as (agent, events):
+        await head.expect(control.Hello)
+        part = part_of(await head.give(model, folder / "head-weights"), (0, 1), (1, n))
+        port, _ = await head.load(1, part)
+        assert len(engines()) == 1
+        yield head, agent, events, part, port
 
+
+def test_the_engine_is_kept_while_the_head_is_away(tmp_path: Path) -> None:
     async def test() -> None:
-        async with (
-            a_head(tmp_path / "head") as head,
-            an_agent(agent_options(head, tmp_path / "desk")) as (_, events),
-        ):
-            await head.expect(control.Hello)
-            part = part_of(await head.give(model, tmp_path / "head-weights"), (0, 1), (1, n))
-            port, _ = await head.load(1, part)
+        async with loaded(tmp_path) as (head, _, events, part, port):
             (engine,) = engines()
             await head.close()
             while not (isinstance(events[-1], Seeking) and events[-1].reason):
@@ -99,17 +105,8 @@ def test_the_engine_is_kept_while_the_head_is_away(tmp_path: Path) -> None:
 
 
 def test_the_engine_is_not_kept_for_ever(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model")
-    n = n_layers(read_header(model))
-
     async def test() -> None:
-        async with (
-            a_head(tmp_path / "head") as head,
-            an_agent(agent_options(head, tmp_path / "desk")) as (agent, events),
-        ):
-            await head.expect(control.Hello)
-            await head.load(1, part_of(await head.give(model, tmp_path / "head-weights"), (0, 1), (1, n)))
-            assert len(engines()) == 1
+        async with loaded(tmp_path) as (head, agent, events, _, _):
             await head.close()
             # not before: a head that is there says something every second
             agent._options = msgspec.structs.replace(agent._options, keep_seconds=0.5)

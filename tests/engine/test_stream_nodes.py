@@ -12,8 +12,8 @@ import pytest
 
 from homeinfer import _native
 from homeinfer.engine import runtime
+from homeinfer.engine.graph_nodes import GgmlTensor
 from homeinfer.engine.streaming import SUPPORTED, check_tensor_layout
-from tests.support.ggml_tensor import GgmlTensor
 
 PAGE = mmap.PAGESIZE
 

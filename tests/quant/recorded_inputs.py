@@ -12,7 +12,7 @@ import numpy.typing as npt
 from llama_cpp import _ggml
 from llama_cpp import llama_cpp as api
 
-from tests.support.ggml_tensor import GgmlTensor
+from homeinfer.engine.graph_nodes import GgmlTensor
 
 Ints = npt.NDArray[np.int32]
 

@@ -25,7 +25,7 @@ _QUIET_BYTES = 1 << 20
 _OPENED = zmq.EVENT_ACCEPTED | zmq.EVENT_CONNECTED
 _EVENTS = _OPENED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
 _EVENT = struct.Struct("=hi")
-"""Kind and file descriptor. (zmq.utils.monitor reads it too, but imports asyncio, which engines do not use: 3 MB.)"""
+"""Kind and file descriptor. (zmq.utils.monitor reads it too, but imports asyncio, which engines do not use.)"""
 _numbers: Iterator[int] = count()
 OnEvent = Callable[[int], None]
 _Watched = tuple[Ledger, OnEvent]
