@@ -8,7 +8,7 @@ import os
 import random
 import socket as system_socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import NoReturn
 
 import psutil
@@ -205,7 +205,10 @@ def garbage(seed: int) -> bytes:
 def test_peers_that_send_garbage_change_nothing() -> None:
     async def test(home: Home) -> None:
         for seed in range(50):
-            with system_socket.create_connection(("127.0.0.1", home.port)) as peer:
+            with (
+                system_socket.create_connection(("127.0.0.1", home.port)) as peer,
+                suppress(ConnectionError),  # of several at once the oldest are cut off, perhaps before they wrote
+            ):
                 peer.sendall(garbage(seed))
         assert await home.heard(NOTHING_BUT_TIME_MS) is None
         assert await home.works()
