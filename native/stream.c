@@ -191,8 +191,16 @@ static void let_go(stream *self, int but) {
     pthread_cond_signal(&self->work);
 }
 
+/* As the logits of a chunk of a prompt that wants none: nothing is read for it. */
+static bool is_empty(const tensor *node) {
+    return node->ne[0] == 0 || node->ne[1] == 0 || node->ne[2] == 0 || node->ne[3] == 0;
+}
+
 bool stream_before(stream *self, const tensor *node) {
     bool cut = false;
+    if (is_empty(node)) {
+        return false;
+    }
     for (int i = 0; i < 10; ++i) { /* sources that are left out leave holes, as an attention mask before its sinks */
         const int number = node->src[i] == NULL ? -1 : group_at(self, node->src[i]->data);
         if (number < 0) {

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -230,7 +231,8 @@ def stream_groups(header: Header, takes_tokens: bool, is_last: bool) -> tuple[St
     """What is streamed of a window's file: one group of the small tensors, which is kept, then each other tensor of
     the layers in about the order of use, the output matrix last.
 
-    A page that holds bytes of two tensors (in files other than window files) belongs to neither and stays mapped.
+    A page that holds bytes of two tensors, or blocks (in files other than window files; on machines with pages larger
+    than 4 kB), belongs to neither and stays mapped.
     """
     tensors = sorted(header.tensors, key=lambda tensor: tensor.offset)
     output = _output(header, takes_tokens) if is_last else None
@@ -243,30 +245,19 @@ def stream_groups(header: Header, takes_tokens: bool, is_last: bool) -> tuple[St
             continue
         free_from = tensors[i - 1].offset + tensors[i - 1].nbytes if i else 0
         free_to = tensors[i + 1].offset if i + 1 < len(tensors) else header.files[0].size
-        span = _pages(tensor, free_from, free_to)
-        if span.nbytes <= 0:
-            continue
+        parts = _parts(header, tensor, tensor.name == output, free_from, free_to)
         if is_small:
-            small.append(span)
+            small += parts
         else:
-            parts = output_parts(header, tensor, span) if tensor.name == output else (span,)
             found += [((layer or 0, ".ffn_" in tensor.name, part.begin), StreamGroup((part,))) for part in parts]
     streamed = tuple(group for _, group in sorted(found, key=lambda each: each[0]))
     return (StreamGroup(tuple(small), kept=True), *streamed) if small else streamed
 
 
-def output_parts(header: Header, matrix: TensorInfo, span: Span) -> tuple[Span, ...]:
-    """The output matrix's blocks of rows, or its one span where it is used as a whole."""
-    step = _rows_at_once(header, matrix) * (matrix.nbytes // matrix.shape[1])
-    if not step:
-        return (span,)
-    return tuple(Span(begin, min(begin + step, span.end)) for begin in range(span.begin, span.end, step))
-
-
 def output_matrix(header: Header, takes_tokens: bool, mappings: Sequence[stream_file.Mapping]) -> OutputMatrix | None:
     """The output matrix that is streamed in blocks, None where it is not."""
     matrix = header.tensor(_output(header, takes_tokens) or "")
-    rows = _rows_at_once(header, matrix) if matrix is not None else 0
+    rows = block_rows(header) if matrix is not None else 0
     if matrix is None or not rows:
         return None
     at = stream_file.place(mappings, matrix.offset, matrix.offset + matrix.nbytes)
@@ -274,14 +265,6 @@ def output_matrix(header: Header, takes_tokens: bool, mappings: Sequence[stream_
         raise HomeinferError(f"{header.files[0].path}: llama.cpp has not mapped the output matrix as a whole")
     n_embd, n_rows = matrix.shape[:2]
     return OutputMatrix(at, TYPE_NUMBERS[matrix.type], n_embd, n_rows, matrix.nbytes // n_rows, rows)
-
-
-def _rows_at_once(header: Header, matrix: TensorInfo) -> int:
-    """Rows of a block; 0 where the matrix is used as a whole: also where blocks would not be whole pages, as in files
-    other than window files, or on machines with larger pages."""
-    rows = block_rows(header)
-    row_bytes = matrix.nbytes // matrix.shape[-1]
-    return rows if (matrix.offset % stream_file.PAGE, rows * row_bytes % stream_file.PAGE) == (0, 0) else 0
 
 
 def _is_used(name: str, is_last: bool) -> bool:
@@ -306,12 +289,23 @@ def _layer(header: Header, tensor: TensorInfo, output: str | None) -> int | None
     return None if layer is None or layer >= n or is_routed_expert(tensor.name) else layer
 
 
-def _pages(tensor: TensorInfo, free_from: int, free_to: int) -> Span:
-    """The whole pages of a tensor when bytes before `free_from` and from `free_to` on are others'."""
+def _parts(header: Header, tensor: TensorInfo, is_output: bool, free_from: int, free_to: int) -> tuple[Span, ...]:
+    """A tensor's whole pages, the output matrix's by blocks of rows, when bytes before `free_from` and from `free_to`
+    on are others'."""
+    end = tensor.offset + tensor.nbytes
+    step = block_rows(header) * (tensor.nbytes // tensor.shape[-1]) if is_output else 0
+    edges = [*range(tensor.offset, end, step or max(tensor.nbytes, 1)), end]
+    bounds = [free_from, *edges[1:-1], free_to]
+    spans = (_pages(*edge, *bound) for edge, bound in zip(pairwise(edges), pairwise(bounds), strict=False))
+    return tuple(span for span in spans if span.nbytes > 0)
+
+
+def _pages(begin: int, end: int, free_from: int, free_to: int) -> Span:
+    """The whole pages of bytes [begin, end) of a file."""
     page = stream_file.PAGE
-    down, up = tensor.offset // page * page, -(-(tensor.offset + tensor.nbytes) // page) * page
-    begin = down if down >= free_from else down + page
-    return Span(begin, up if up <= free_to else up - page, max(0, begin - tensor.offset))
+    down, up = begin // page * page, -(-end // page) * page
+    first = down if down >= free_from else down + page
+    return Span(first, up if up <= free_to else up - page, max(0, first - begin))
 
 
 def check_tensor_layout() -> None:

@@ -8,6 +8,7 @@ from homeinfer.model.ggml_types import TYPE_SIZES
 from homeinfer.model.header import Header, TensorInfo
 
 PAGE = 4096
+"""Most machines'. In window files no two blocks share one; where pages are larger, those shared stay mapped."""
 BLOCK_BYTES = 8 << 20
 """As much as several requests to a disk, and less than most models' largest tensor of a layer."""
 _PLAIN = ("llama", "qwen2", "qwen3")
@@ -23,7 +24,7 @@ def output_matrix(header: Header) -> TensorInfo | None:
 
 
 def block_rows(header: Header) -> int:
-    """Rows of the output matrix in one block, which are whole pages; 0 where it is used as a whole."""
+    """Rows of the output matrix in one block, which is as many bytes as some pages; 0 where it is used as a whole."""
     matrix = output_matrix(header)
     if matrix is None or len(matrix.shape) != 2 or header.architecture not in _PLAIN:
         return 0

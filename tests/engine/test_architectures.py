@@ -111,20 +111,21 @@ def test_every_allowed_architecture_is_compared() -> None:
     assert len(ALLOWED) >= 40
 
 
-def test_llama_cpp_knows_every_name_in_the_tables() -> None:
+def test_llama_cpp_knows_every_name_in_the_tables(tmp_path: Path) -> None:
     names = [*sorted({*ALLOWED, *REFUSED, *NOT_GENERATING} - {"gptj"}), "zebra"]
-    run = subprocess.run([sys.executable, "-c", _KNOWS, *names], capture_output=True, check=True, text=True)
+    command = [sys.executable, "-c", _KNOWS, str(tmp_path), *names]
+    run = subprocess.run(command, capture_output=True, check=True, text=True)
     assert msgspec.json.decode(run.stdout) == ["zebra"]
 
 
 # a file that says nothing but its architecture: llama.cpp misses other keys, or knows no such architecture
 _KNOWS = """
-import json, os, sys, tempfile, gguf
+import json, os, sys, gguf
 from homeinfer.engine import runtime
 lib = runtime.llama()
-unknown = []
-for name in sys.argv[1:]:
-    path = os.path.join(tempfile.mkdtemp(), "m.gguf")
+unknown, folder = [], sys.argv[1]
+for name in sys.argv[2:]:
+    path = os.path.join(folder, "m.gguf")
     writer = gguf.GGUFWriter(path, name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

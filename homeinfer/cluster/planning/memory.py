@@ -84,7 +84,7 @@ class MemoryModel:
                 else:
                     end = last + 1 if last == self._n else last
                     least = max(least, max(self.room(layer) for layer in range(first, end)))
-                    if last - first == self._n:  # the model's own file, whose output matrix is used as a whole
+                    if last - first == self._n and shape.is_tied:  # the model's own file
                         least = max(least, self._with_passing(self.always(last) + shape.layers[-1].largest_bytes))
         return self._judged(profile, fixed, least, tuple(gpus), files)
 

@@ -43,6 +43,7 @@ def model_shape(header: Header, workload: Workload) -> ModelShape:
         allowed=allowed_cuts(header),
         has_experts=any(weights[index].expert_nbytes for index in range(n) if index in weights),
         output_block_bytes=block_bytes(header),
+        is_tied=header.tensor("output.weight") is None,
     )
 
 

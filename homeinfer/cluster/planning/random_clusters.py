@@ -15,6 +15,7 @@ from homeinfer.cluster.planning.shape import LayerShape, ModelShape
 _BYTES_PER_WEIGHT = 0.56
 _OVERHEAD = 100_000_000
 _SCRATCH = 60_000_000
+_BLOCK = 8_000_000
 
 
 class Sizes(msgspec.Struct, frozen=True):
@@ -94,6 +95,8 @@ def _model(random: Random, sizes: Sizes) -> tuple[ModelShape, dict[str, float]]:
         scratch_logits_bytes=_SCRATCH // 2,
         allowed=_cuts(random, n_layers),
         has_experts=has_experts,
+        output_block_bytes=_BLOCK if n_vocab > 100_000 else 0,
+        is_tied=row > 2048,
     )
     speeds = {kind.kind: random.uniform(0.8, 1.5) for kind in kinds}
     return shape, speeds

@@ -39,14 +39,15 @@ class Stage(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A device's streamed layers in ring order, a layer once for each of its parts: milliseconds of reading each, and
-    `back`: item i may be read when item i - back was released. The output matrix is the layer after the last. nbytes:
-    read for each step."""
+    """A device's streamed layers in ring order, a layer once for each of its parts: bytes of each, milliseconds of
+    reading it, and `back`: item i may be read when item i - back was released. The output matrix is the layer after
+    the last. buffer: the bytes that they pass through."""
 
     layers: tuple[int, ...]
+    sizes: tuple[float, ...]
     read: tuple[float, ...]
     back: tuple[int, ...]
-    nbytes: int
+    buffer: int
 
 
 class Streamed(NamedTuple):
@@ -96,9 +97,9 @@ def _streamed(model: MemoryModel, shape: ModelShape, layers: tuple[int, ...], ro
         return Streamed(total, room, miss, None)
     rate = cost.profile.disk.layer_bytes_per_s / 1e3
     parts = [(layer, size / n) for layer, size in zip(layers, sizes, strict=True) for n in repeat_parts(shape, layer)]
-    pieces = [size for _, size in parts]
+    pieces = tuple(size for _, size in parts)
     items = tuple(layer for layer, _ in parts)
-    stream = Stream(items, tuple(size / rate for size in pieces), _backs(pieces, buffer), total)
+    stream = Stream(items, pieces, tuple(size / rate for size in pieces), backs(pieces, buffer), buffer)
     return Streamed(buffer, room, miss, stream)
 
 
@@ -112,16 +113,16 @@ def repeat_parts(shape: ModelShape, layer: int) -> tuple[int, ...]:
     return (n,) * n
 
 
-def _backs(sizes: list[float], buffer: float) -> tuple[int, ...]:
+def backs(sizes: tuple[float, ...], buffer: float) -> tuple[int, ...]:
     """How many items, ending with each, fit the buffer together (ring order, around the end)."""
-    n, backs = len(sizes), []
+    n, found = len(sizes), []
     for index in range(n):
         room, count = buffer, 0
         while count < n and sizes[(index - count) % n] <= room:
             room -= sizes[(index - count) % n]
             count += 1
-        backs.append(max(count, 1))
-    return tuple(backs)
+        found.append(max(count, 1))
+    return tuple(found)
 
 
 Sums = Callable[[DeviceCosts, str, int], list[float]]
@@ -137,7 +138,8 @@ def route(
     n_tokens: int,
     n_rows: int,
 ) -> list[Stage]:
-    """The stages of a step of n_tokens, n_rows of which get logits."""
+    """The stages of a step of n_tokens, n_rows of which get logits. Where none does, the output matrix is not read
+    (engine/output_rows.py; is_empty in native/stream.c)."""
     stages: list[Stage] = []
     before = ""
     items = {name: 0 for name, way in streamed.items() if way.stream is not None}
@@ -161,11 +163,9 @@ def route(
                         compute = (sums[layer + 1] - sums[layer]) / n
                         pieces.append(Piece(lead, _next(items, name), fault, compute, layer, layer + 1))
                         lead = fault = 0.0
-            if last == len(shape.layers):
-                output = (cost.output_ms(place, window.gpu, n_rows) or 0.0) if n_rows else 0.0
-                item = -1 if way is None else _next(items, name)
-                if n_rows or item >= 0:
-                    pieces.append(Piece(0.0, item, 0.0, output, last, last))
+            if last == len(shape.layers) and n_rows:
+                output = cost.output_ms(place, window.gpu, n_rows) or 0.0
+                pieces.append(Piece(0.0, -1 if way is None else _next(items, name), 0.0, output, last, last))
         stages.append(Stage(name, before, delay, wire, receive, tuple(pieces)))
         before = name
     return stages

@@ -29,7 +29,8 @@ class ModelShape(msgspec.Struct, frozen=True):
     head's disk, of which a token reads one row (row_bytes). hidden_bytes: one token's hidden state on the wire in
     float32. scratch_bytes: compute buffers of a device, scratch_logits_bytes: more for the last window.
     allowed[first]: bit `last` says that layers [first, last) can be a window. output_block_bytes: what of a streamed
-    output matrix is used at once; 0: all of it.
+    output matrix is used at once; 0: all of it, as where tokens are looked up in it too (is_tied) in the model's own
+    file.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     allowed: tuple[int, ...]
     has_experts: bool = False
     output_block_bytes: int = 0
+    is_tied: bool = True
 
     def may_cut(self, first: int, last: int) -> bool:
         """Whether layers [first, last) can be a window of their own."""

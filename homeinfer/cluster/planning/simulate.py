@@ -12,6 +12,7 @@ from homeinfer.cluster.planning.memory import DeviceMemory, MemoryModel
 from homeinfer.cluster.planning.pipeline_events import finish_of, least_period, period_of
 from homeinfer.cluster.planning.plan import Cause, DeviceLoad, Prediction, Ring, Window
 from homeinfer.cluster.planning.problem import Problem
+from homeinfer.cluster.planning.prompt_reads import prompt_stream
 from homeinfer.cluster.planning.ring_checks import ring_trouble
 from homeinfer.cluster.planning.route import Stage, Stream, Streamed, Sums, route, streamed_of
 from homeinfer.cluster.planning.walk import Recorder, added, alone_ms, settled, total_ms, walk
@@ -189,7 +190,10 @@ class Simulator:
             n = min(size, prompt - behind)
             sums = _chunk_sums(n, behind)
             jobs.append(self._route(loaded, sums, n, int(behind + n == prompt)))
-        return finish_of(jobs, Disks(loaded.streams, self._groups))
+        streams = {
+            name: prompt_stream(self.problem.shape, stream, len(jobs)) for name, stream in loaded.streams.items()
+        }
+        return finish_of(jobs, Disks(streams, self._groups))
 
     def _load_of(self, name: str, loaded: _Loaded, causes: dict[str, Cause]) -> DeviceLoad:
         profile, memory = self.costs[name].profile, loaded.memories.get(name)
@@ -199,7 +203,7 @@ class Simulator:
         way = loaded.streamed.get(name)
         if way is not None:
             used, buffer = memory.fixed + way.used, way.buffer
-            read = 0 if way.stream is None else way.stream.nbytes
+            read = 0 if way.stream is None else round(sum(way.stream.sizes))
             if way.miss:
                 stages = self._stages(loaded, self.problem.workload.sequences)
                 faults = sum(piece.fault for stage in stages if stage.device == name for piece in stage.pieces)

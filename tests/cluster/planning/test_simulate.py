@@ -127,6 +127,22 @@ def test_a_prompt_is_pipelined_in_chunks() -> None:
     assert alone.ttft_ms == pytest.approx(9 * 40 + 1 + 0.5, rel=0.05)
 
 
+def test_chunks_without_logits_do_not_read_the_output_matrix() -> None:
+    """It is read once, at the end, and not ahead; what fits beside it is not read again."""
+    four = Workload(n_ctx=256, prompt_tokens=256, n_batch=64, headroom=0.0)
+    layer_ms, read_ms = 12.0, 50 + PAGES / 1e6
+
+    def ttft(memory: int, block: int = 0) -> float:
+        shape = msgspec.structs.replace(a_shape(4), output_block_bytes=block)
+        problem = Problem(shape, (a_device("head", memory),), four)
+        return Simulator(problem).predict(a_ring(("head", "ssss"))).ttft_ms
+
+    computing = 4 * (4 * layer_ms + 0.5) + 1
+    assert ttft(600 * MB) == ttft(600 * MB, 10 * MB) == pytest.approx(computing)
+    assert ttft(450 * MB) == ttft(450 * MB, 10 * MB) == pytest.approx(computing + read_ms)
+    assert ttft(300 * MB) == ttft(300 * MB, 10 * MB)
+
+
 def test_causes_add_up_and_spans_lie_in_the_token() -> None:
     devices = a_device("head", 450 * MB), a_device("other", 400 * MB)
     ring = a_ring(("head", "rss"), ("other", "ssss"), ("head", "sr"))
