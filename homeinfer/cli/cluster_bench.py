@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from homeinfer.cli.bars import fraction_bar
+from homeinfer.cli.cluster_view import slow_line
 from homeinfer.cli.plan_tables import milliseconds
 from homeinfer.cli.ui import console
 from homeinfer.cluster.client import need_cluster
@@ -68,9 +69,16 @@ class Compared(msgspec.Struct, frozen=True):
     measured_ttft_ms: float
 
 
+class Slowdown(msgspec.Struct, frozen=True):
+    """How many times as long as the plan predicts a device computes for a token (DeviceStatus.slowdown)."""
+
+    name: str
+    times: float
+
+
 class BenchResult(msgspec.Struct, frozen=True):
     """What `homeinfer bench --json` prints. left_out: what could not be measured, and why. notices: what the cluster
-    said meanwhile."""
+    said meanwhile. slowdowns: of the devices of which it can be said."""
 
     model: str
     n_ctx: int
@@ -81,6 +89,7 @@ class BenchResult(msgspec.Struct, frozen=True):
     compared: Compared | None
     left_out: tuple[str, ...]
     notices: tuple[str, ...]
+    slowdowns: tuple[Slowdown, ...] = ()
 
 
 class Steps(msgspec.Struct, frozen=True):
@@ -125,7 +134,12 @@ def measure(n_tokens: int) -> BenchResult:
             fraction_bar("measuring") as on_progress,
         ):
             steps = plan_steps(status, plan, n_tokens)
-            return _Bench(prober, _texts(tokenizer), n_tokens, steps, on_progress).run(status, plan)
+            result = _Bench(prober, _texts(tokenizer), n_tokens, steps, on_progress).run(status, plan)
+            return msgspec.structs.replace(result, slowdowns=slowdowns(client.status().devices))
+
+
+def slowdowns(devices: Sequence[DeviceStatus]) -> tuple[Slowdown, ...]:
+    return tuple(Slowdown(device.name, device.slowdown) for device in devices if device.slowdown is not None)
 
 
 def _texts(tokenizer: Tokenizer) -> Callable[[int, int], list[int]]:
@@ -236,6 +250,8 @@ def show(result: BenchResult) -> None:
     if result.compared is not None:
         console.print("\n[bold]predicted and measured[/bold]")
         console.print(compared_line(result.compared), soft_wrap=True)
+    for line in filter(None, (slow_line(each.name, each.times) for each in result.slowdowns)):
+        console.print(Text(line, "yellow"), soft_wrap=True)
     lines = [f"not measured: {line}" for line in result.left_out] + list(result.notices)
     if lines:
         console.print(Text("\n" + "\n".join(lines), style="dim"), soft_wrap=True)

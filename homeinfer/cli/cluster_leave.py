@@ -11,11 +11,12 @@ import msgspec
 import psutil
 
 from homeinfer.cli.ui import console, notes
-from homeinfer.cluster.coordinator.running import began, run_folder, running_cluster
+from homeinfer.cluster.coordinator.running import run_folder, running_cluster
 from homeinfer.cluster.known_heads import KnownHead, forget_head, known_heads
 from homeinfer.cluster.private_file import write_private
 from homeinfer.errors import HomeinferError
 from homeinfer.folders import private_folder, state_folder
+from homeinfer.process_start import process_start
 
 _FILE = "joined.json"
 _END_SECONDS = 30.0
@@ -23,7 +24,7 @@ _SILENT_SECONDS = 1.5
 
 
 class Joined(msgspec.Struct, frozen=True):
-    """The process that takes part, and in whose cluster. began: its start, since numbers of processes come again."""
+    """The process that takes part, and in whose cluster. began: its process_start."""
 
     pid: int
     began: float
@@ -35,7 +36,7 @@ def joined(folder: Path, known: KnownHead) -> Iterator[None]:
     """Says meanwhile that this process takes part. Raises HomeinferError when another one does already."""
     check_free(folder)
     path = private_folder(run_folder(folder)) / _FILE
-    mine = Joined(psutil.Process().pid, began(), known.key)
+    mine = Joined(psutil.Process().pid, process_start(), known.key)
     write_private(path, mine, "the note of what takes part")
     try:
         yield
@@ -67,7 +68,7 @@ def joined_now(folder: Path) -> Joined | None:
     """The process that takes part, None when there is none."""
     try:
         found = msgspec.json.decode((run_folder(folder) / _FILE).read_bytes(), type=Joined)
-        is_it = abs(psutil.Process(found.pid).create_time() - found.began) < 1
+        is_it = abs(process_start(found.pid) - found.began) < 1
     except (OSError, msgspec.MsgspecError, psutil.Error, UnicodeDecodeError):
         return None
     return found if is_it else None
@@ -124,7 +125,7 @@ def has_ended(pid: int, began: float, seconds: float) -> bool:
     while time.monotonic() < deadline:
         try:
             process = psutil.Process(pid)
-            if abs(process.create_time() - began) >= 1 or process.status() == psutil.STATUS_ZOMBIE:
+            if abs(process_start(pid) - began) >= 1 or process.status() == psutil.STATUS_ZOMBIE:
                 return True
         except psutil.NoSuchProcess:
             return True

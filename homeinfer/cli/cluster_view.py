@@ -42,6 +42,8 @@ _EVENTS = 4
 _BAR = 20
 _STALLED = 0.1
 """From this share of the time on, waiting for memory is worth a word."""
+_SLOW = 1.5
+"""From so many times on, computing longer than predicted is."""
 
 
 def cluster_view(status: ClusterStatus, left: Mapping[str, float] | None = None) -> RenderableType:
@@ -140,7 +142,18 @@ def _remark(device: DeviceStatus) -> Text | None:
         return Text(f"{device.name} {SAID[device.state]}{because}", _STATES[device.state][1])
     if device.stats.stalled >= _STALLED:
         return Text(f"{device.name} is short of memory, {100 * device.stats.stalled:.0f} % of the time", "yellow")
-    return None
+    slow = slow_line(device.name, device.slowdown)
+    return Text(slow, "yellow") if slow else None
+
+
+def slow_line(name: str, slowdown: float | None) -> str:
+    """What to tell of a device that computes much longer than planned, "" of others. slowdown: DeviceStatus's."""
+    if slowdown is None or slowdown < _SLOW:
+        return ""
+    return (
+        f"{name} computes {slowdown:.1f} times slower than when it was measured: another program may be busy there; "
+        "if none is, homeinfer cluster up --fresh measures anew"
+    )
 
 
 def figures(status: ClusterStatus) -> Text:

@@ -68,7 +68,7 @@ class Agent:
         if not self._options.hosts:
             raise HomeinferError("no address of the head is known here: join again with a code")
         state = private_folder(Path(self._options.state) if self._options.state else state_folder())
-        with only_agent(state):
+        async with only_agent(state, self._options.patience):
             keys = own_keys(state)
             secure = Secure(keys)
             try:
@@ -125,7 +125,7 @@ class Agent:
         finally:
             stopping.cancel()
         if self._stopping.is_set():
-            await connection.leave(self._reason)
+            connection.leave(self._reason)
             return Ended(self._reason)
         for task in (talking, *tasks):
             if task.done():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket as sockets
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,8 @@ from homeinfer.errors import HomeinferError
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 5.0
 _KNOCK_SECONDS = 2.0
 _FIND_SECONDS = 60.0
+_LAST_WORD_MS, _LAST_TRY_MS = 1000, 100
+"""What was said last has so long to go out: on a connection that works, and otherwise."""
 
 
 Reached = Literal["nothing", "port", "refusal", "head"]
@@ -67,6 +70,7 @@ class Connection:
         self._hello, self._on_seek, self._find = hello, on_seek, find
         self._socket: zmq.asyncio.Socket | None = None
         self._is_member = False
+        self._linger_ms = 0
         self._heard = time.monotonic()
         self._found = -_FIND_SECONDS
         self.host = ""
@@ -128,7 +132,7 @@ class Connection:
             was_member = self._is_member
         finally:
             self._socket, self._is_member = None, False
-            opened.close(linger=0)
+            opened.close(linger=self._linger_ms)
         if left is not None or was_member:
             return was_member, left, "" if left is not None else f"{host} is gone"
         return False, None, await why_silent(host, port, watch.reached)
@@ -165,10 +169,10 @@ class Connection:
         assert isinstance(sent, asyncio.Future)  # done already: it was sent, or could not be without waiting
         return sent.exception() is None
 
-    async def leave(self, reason: str) -> None:
-        """Say Bye; what is queued gets a moment to go out."""
+    def leave(self, reason: str) -> None:
+        """Say Bye, before `run` is cancelled; it gets a moment to go out, for which Secure.close waits."""
         if self._put(Bye(reason)):
-            await asyncio.sleep(0.1)
+            self._linger_ms = _LAST_WORD_MS if self._is_member else _LAST_TRY_MS
 
 
 async def _next(opened: zmq.asyncio.Socket, broken: asyncio.Event, seconds: float) -> bytes | None:
@@ -214,7 +218,10 @@ class _Watch:
 
 def own_address(host: str, port: int) -> str:
     """The address that this device has towards another one; nothing is sent. Raises OSError without a way there."""
-    family, kind, protocol, _, address = sockets.getaddrinfo(host, port, type=sockets.SOCK_DGRAM)[0]
+    try:
+        family, kind, protocol, _, address = sockets.getaddrinfo(host, port, type=sockets.SOCK_DGRAM)[0]
+    except UnicodeError:
+        raise OSError(errno.EINVAL, "no name of a host") from None
     with sockets.socket(family, kind, protocol) as asked:
         asked.connect(address)
         return str(asked.getsockname()[0])
@@ -229,7 +236,8 @@ async def why_silent(host: str, port: int, reached: Reached) -> str:
         )
     if reached == "nothing":
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), _KNOCK_SECONDS)
+            async with asyncio.timeout(_KNOCK_SECONDS):
+                _, writer = await asyncio.open_connection(host, port)
             writer.close()
         except ConnectionRefusedError:
             return (

@@ -172,8 +172,8 @@ class Duties:
         self._on_event(Working(task, share, detail))
 
     def _failed(self, kind: str, reason: str) -> None:
-        about = kind.partition(" ")[0]
-        self._say(Sorry(about, reason[:2000]))
+        about, _, number = kind.partition(" ")
+        self._say(Sorry(about, reason[:2000], int(number) if number else None))
         self._on_event(Trouble(reason))
 
     async def unload(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
 
@@ -13,18 +15,24 @@ from homeinfer.errors import HomeinferError
 from homeinfer.folders import private_folder
 
 _FILE = "agent.pid"
+_LOOK_SECONDS = 0.1
 
 
-@contextlib.contextmanager
-def only_agent(state: Path) -> Iterator[None]:
-    """While this is open, no other agent runs with this state folder. Raises HomeinferError when one does."""
+@contextlib.asynccontextmanager
+async def only_agent(state: Path, patience: float = 0.0) -> AsyncIterator[None]:
+    """While this is open, no other agent runs with this state folder. Raises HomeinferError when one still does after
+    `patience` seconds."""
     path = private_folder(state) / _FILE
     try:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
     except OSError as problem:
         raise HomeinferError(f"{path} can't be written: {problem.strerror}") from None
     with file:
-        if not _lock(file):
+        deadline = time.monotonic() + patience
+        while not _lock(file):
+            if time.monotonic() < deadline:
+                await asyncio.sleep(_LOOK_SECONDS)
+                continue
             pid = running_agent(state)
             raise HomeinferError(
                 f"this device takes part in a cluster already (process {pid or 'unknown'}): leave it first "

@@ -21,6 +21,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     ("": folders.state_folder(), folders.weights_folder(), folders.windows_folder()).
     stays: when the head says that the cluster is down, wait for it to come up again instead of ending.
     finds: ask the network (mDNS) for the head when none of its addresses answers.
+    patience: seconds that another agent of this device, which may be leaving just now, has for that.
     """
 
     hosts: tuple[str, ...]
@@ -36,6 +37,7 @@ class AgentOptions(msgspec.Struct, frozen=True):
     stays: bool = False
     finds: bool = False
     keep_seconds: float = KEEP_SECONDS
+    patience: float = 0.0
 
 
 class AgentStart(msgspec.Struct, frozen=True, tag="agent_start"):

@@ -21,6 +21,7 @@ import psutil
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.records import Header, printable
+from homeinfer.process_start import process_start
 
 _REGION: Final = 64 << 20
 _BLOCK: Final = 4 << 20
@@ -96,7 +97,7 @@ def in_use(folder: Path) -> Iterator[Path]:
     mark = folder / _USERS / f"{os.getpid()}-{secrets.token_hex(4)}"
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(str(psutil.Process().create_time()))
+        mark.write_text(str(process_start()))
         os.utime(folder)
     except OSError as error:
         raise HomeinferError(
@@ -138,7 +139,7 @@ def _is_used(folder: Path) -> bool:
 def _is_alive(mark: Path) -> bool:
     """A mark's process; another that got its number later does not count."""
     try:
-        return abs(psutil.Process(int(mark.name.partition("-")[0])).create_time() - float(mark.read_text())) < 1
+        return abs(process_start(int(mark.name.partition("-")[0])) - float(mark.read_text())) < 1
     except psutil.AccessDenied:
         return True
     except (psutil.NoSuchProcess, ValueError, OSError):

@@ -16,6 +16,7 @@ from homeinfer.cluster.client_bench import Timed, shares, together_per_s
 from homeinfer.cluster.wire.client import AnswerDone, AskAnswer, DeviceStatus, FromClient, Tokens
 from homeinfer.engine.request import Finish
 from homeinfer.errors import HomeinferError
+from tests.support.commands import HANG_SECONDS
 from tests.support.scripted_coordinator import ScriptedCoordinator, ready_status
 
 
@@ -117,7 +118,9 @@ def test_a_cluster_that_is_busy_or_not_ready_is_not_measured(coordinator: Script
 
 def test_without_a_cluster_it_is_one_line(temp_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOMEINFER_STATE", str(temp_folder))
-    done = subprocess.run([sys.executable, "-m", "homeinfer", "bench"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "homeinfer", "bench"], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("homeinfer: no cluster is running on this machine")
     assert done.stderr.count("\n") == 1

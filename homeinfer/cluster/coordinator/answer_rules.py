@@ -28,21 +28,28 @@ def is_whole(told: Sequence[int], request: Request) -> bool:
 
 
 class Patience(msgspec.Struct, frozen=True):
-    """What is predicted of a ring: milliseconds of a token, and of each token of a prompt."""
+    """What is predicted of a ring: milliseconds of a token behind so many others, and of each token of a prompt."""
 
     tpot_ms: float
     prompt_token_ms: float
+    behind: int = 0
 
     @staticmethod
     def of(report: PlanReport) -> Patience:
         predicted, n = report.predicted, report.workload.prompt_tokens
-        return Patience(predicted.tpot_ms, predicted.ttft_ms / max(n, 1))
+        return Patience(predicted.tpot_ms, predicted.ttft_ms / max(n, 1), n)
 
     def seconds(self, least: float, prompt_tokens: int, answers: int, stalls: int) -> float:
         """How long nothing may be heard of an answer. prompt_tokens: of all prompts that are being read; stalls: how
         often this one was taken for stuck in a row, which may mean that it is just slow."""
         expected = (self.tpot_ms * max(answers, 1) + self.prompt_token_ms * prompt_tokens) / 1e3
         return float(min(max(least, _TIMES_PREDICTED * expected) * 2.0**stalls, _LONGEST_SECONDS))
+
+
+def is_plain_step(number: int, behind: int, planned: int) -> bool:
+    """Whether a token's step is one that the plan's prediction holds for. number: of the token since the ring was last
+    asked, the first of which come with their prompt; behind: positions before it, with which attention grows."""
+    return number > 0 and behind <= planned
 
 
 class Failures(msgspec.Struct, frozen=True):

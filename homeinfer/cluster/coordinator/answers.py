@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from homeinfer.cluster.coordinator.answer_rules import Failures, Patience, after_failure, again, is_whole
+from homeinfer.cluster.coordinator.answer_rules import Failures, Patience, after_failure, again, is_plain_step, is_whole
 from homeinfer.cluster.coordinator.journal import Journal, Kept
 from homeinfer.cluster.coordinator.speed import Speed
 from homeinfer.cluster.ring_client import RingClient, RingFailed, RingMoved, Signs
@@ -149,6 +149,7 @@ class Answers:
     def serve(self, ring: RingClient, n_vocab: int, patience: Patience) -> None:
         """The ring is ready."""
         self._ring, self._n_vocab, self._patience = ring, n_vocab, patience
+        self.speed.other_ring()
         self._start()
 
     def halt(self) -> None:
@@ -236,7 +237,7 @@ class Answers:
                 if problem is not None:
                     self._fail(entry, problem)
                     continue
-                entry.signs = Signs()
+                entry.signs, entry.before = Signs(), len(entry.told)
                 entry.task = asyncio.create_task(self._write(entry, self._ring))
 
     def _late_problem(self, entry: Entry) -> str | None:
@@ -277,8 +278,10 @@ class Answers:
         start, now = len(entry.told), time.monotonic()
         entry.told += tokens
         entry.stalls = 0
-        for each in told:
-            self.speed.token(now, each.spent)
+        for number, each in enumerate(told, start):
+            behind = len(entry.ask.prompt) + number
+            is_as_planned = is_plain_step(number - entry.before, behind, self._patience.behind)
+            self.speed.token(now, each.spent, is_alone=is_as_planned and self.under_way == 1)
         self._tell(entry, Tokens(entry.ask.id, start, tokens))
 
     def _failed(self, entry: Entry, problem: RingFailed) -> Trouble | None:

@@ -6,7 +6,7 @@ Agents can all reach the head while two of them can't reach each other: a firewa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from homeinfer.cluster.coordinator.measuring import without_link
 from homeinfer.cluster.coordinator.placing import recover
@@ -22,12 +22,15 @@ from homeinfer.cluster.coordinator.state import (
     Tell,
 )
 from homeinfer.cluster.coordinator.trust import recent_losses
+from homeinfer.cluster.planning.remarks import listed
 from homeinfer.cluster.wire.control import Echo
 
 _CHECK_SECONDS = 8.0
 CHECK_SIZES = (256, 1024)
 """Bytes of what is sent to see whether anything arrives."""
 _PAUSE = 120.0
+_MEMORY = 1800.0
+"""For so long it counts what a device said of a link."""
 
 
 def check_links(cluster: Cluster, what: str, now: float) -> Outcome:
@@ -43,7 +46,7 @@ def check_links(cluster: Cluster, what: str, now: float) -> Outcome:
         recovery=recovery,
         recoveries=cluster.recoveries + 1,
         probes=(),
-        suspects=frozenset(),
+        suspects=(),
     )
     commands: list[Command] = [Halt(), Note(f"{what}: looking for the cause", is_notice=True)]
     for here, there in pairs:
@@ -68,13 +71,32 @@ def look(cluster: Cluster, now: float) -> Outcome:
             cluster = without_link(cluster, probe.id)
     if cluster.probes:
         return Outcome(cluster)
-    blamed = culprits(cluster.suspects, cluster.head)
+    silent = cluster.suspects
+    lately = tuple(probe for probe in cluster.disputes if now - probe.since < _MEMORY)
+    disputes = (*lately, *(probe for probe in silent if probe.is_open))
+    blamed = at_fault(silent, disputes, cluster.head)
     what = cluster.recovery.what if cluster.recovery is not None else "the ring was silent"
     for name in blamed:
         cluster = left_out(cluster, name, now)
-        what = f"{name} can't be reached by the others (is there a firewall?)"
-    placing = cluster.having(phase="placing", suspects=frozenset())
+        what = f"{_fault(name, silent, disputes)} (is there a firewall?)"
+    placing = cluster.having(phase="placing", suspects=(), disputes=disputes)
     return recover(placing, what, now, replan=bool(blamed))
+
+
+def at_fault(silent: Sequence[Probing], disputes: Sequence[Probing], head: str) -> tuple[str, ...]:
+    """Whom of the devices at links that are silent now to leave out: the fewest that explain these and the disputes of
+    late. So a device of which it is true, or which just says so, that it reaches none of the others costs one of them
+    its place and then its own."""
+    ends = {name for probe in silent for name in (probe.here, probe.there)}
+    links = {(probe.here, probe.there) for probe in (*silent, *disputes)}
+    return tuple(name for name in culprits(links, head) if name in ends)
+
+
+def _fault(name: str, silent: Sequence[Probing], disputes: Sequence[Probing]) -> str:
+    if any(probe.there == name for probe in silent):
+        return f"{name} can't be reached by the others"
+    others = sorted({probe.there for probe in (*silent, *disputes) if probe.here == name})
+    return f"{name} can't reach {listed(others)}"
 
 
 def left_out(cluster: Cluster, name: str, now: float) -> Cluster:

@@ -163,8 +163,8 @@ def heard(cluster: Cluster, name: str, message: FromAgent, now: float) -> Outcom
             return Outcome(_engine(cluster, device, message, now))
         case EngineGone(_, reason, is_memory):
             return _gone(cluster, device, reason, now, is_memory)
-        case Sorry(about, reason):
-            return _sorry(cluster, device, about, reason, now)
+        case Sorry():
+            return _sorry(cluster, device, message, now)
         case Bye(reason):
             return lost(cluster, name, reason, now, on_purpose=True)
         case _:
@@ -233,7 +233,7 @@ def _echoing(cluster: Cluster, device: DeviceView, number: int, port: int) -> Ou
         return Outcome(cluster)
     sizes = CHECK_SIZES if probe.is_check else cluster.model.sizes
     message = Probe(number, device.name, device.host, port, device.key, sizes, device.profile.hop_ms)
-    return Outcome(cluster, (Tell(probe.here, message),))
+    return Outcome(measuring.opened(cluster, number), (Tell(probe.here, message),))
 
 
 def _engine(cluster: Cluster, device: DeviceView, message: Listening | Loaded | Joined, now: float) -> Cluster:
@@ -257,9 +257,9 @@ def _gone(cluster: Cluster, device: DeviceView, reason: str, now: float, is_memo
     return crashed(cluster, device.name, why, now, is_memory=is_memory)
 
 
-def _sorry(cluster: Cluster, device: DeviceView, about: str, reason: str, now: float) -> Outcome:
+def _sorry(cluster: Cluster, device: DeviceView, sorry: Sorry, now: float) -> Outcome:
     """One device can't do what it was asked; the others go on."""
-    name = device.name
+    name, about, reason = device.name, sorry.about, sorry.reason
     note = Outcome(cluster, (Note(f"{name}: {reason}"),))
     match about:
         case "know" | "measure":
@@ -276,7 +276,8 @@ def _sorry(cluster: Cluster, device: DeviceView, about: str, reason: str, now: f
             return note.then(crashed(cluster, name, f"{name}: {reason}", now))
         case "probe" | "echo":
             for probe in cluster.probes:
-                if name == (probe.here if about == "probe" else probe.there):
+                is_its_own = name == (probe.here if about == "probe" else probe.there)
+                if is_its_own and sorry.id in (None, probe.id):
                     cluster = measuring.without_link(cluster, probe.id)
             return Outcome(cluster)
         case _:

@@ -20,7 +20,6 @@ from homeinfer.cluster.coordinator.options import ClusterOptions
 from homeinfer.cluster.coordinator.own_agent import OwnAgent
 from homeinfer.cluster.coordinator.running import (
     RunningCluster,
-    began,
     remove_running,
     run_folder,
     running_cluster,
@@ -43,8 +42,11 @@ from homeinfer.errors import HomeinferError
 from homeinfer.folders import private_folder
 from homeinfer.model.architectures import check_generates, context_length
 from homeinfer.model.header import Header, read_header
+from homeinfer.process_start import process_start
 
 _LONGEST_PATH = 100
+_LEAVING_SECONDS = 60.0
+"""The agent of a head that was killed ends with it, but not at once: it ends a large engine, on a busy machine."""
 _PROBED_BYTES = 1 << 18
 """The larger message by which links are timed: 26 of them take 11 s at 5 Mbit/s."""
 
@@ -112,6 +114,7 @@ class Head:
                 models=(str(Path(header.files[0].path).resolve()),),
                 n_threads=options.threads,
                 state=str(folder),
+                patience=_LEAVING_SECONDS,
             ),
             lambda why: to.note(f"this machine's own agent ended ({why}); it is started again"),
         )
@@ -190,7 +193,7 @@ async def _announced(options: ClusterOptions, head: Head) -> AsyncIterator[None]
 def _say_running(folder: Path, head: Head, header: Header) -> None:
     own = RunningCluster(
         pid=os.getpid(),
-        began=began(),
+        began=process_start(),
         address=head.clients.address,
         key=head.own_key,
         model_path=str(Path(header.files[0].path).resolve()),

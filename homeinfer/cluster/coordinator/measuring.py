@@ -94,6 +94,13 @@ def probing(cluster: Cluster, number: int) -> Probing | None:
     return next((probe for probe in cluster.probes if probe.id == number), None)
 
 
+def opened(cluster: Cluster, number: int) -> Cluster:
+    """A probe whose other end waits for it."""
+    return cluster.having(
+        probes=tuple(msgspec.structs.replace(p, is_open=p.is_open or p.id == number) for p in cluster.probes)
+    )
+
+
 def without_link(cluster: Cluster, number: int) -> Cluster:
     """A probe that came to nothing: the plan then assumes an ordinary network."""
     probe = probing(cluster, number)
@@ -101,7 +108,7 @@ def without_link(cluster: Cluster, number: int) -> Cluster:
         return cluster
     left = tuple(other for other in cluster.probes if other.id != number)
     if probe.is_check:
-        return cluster.having(probes=left, suspects=cluster.suspects | {(probe.here, probe.there)})
+        return cluster.having(probes=left, suspects=(*cluster.suspects, probe))
     return cluster.having(probes=left, unlinked=cluster.unlinked | {(probe.here, probe.there)})
 
 
@@ -112,7 +119,8 @@ def with_link(cluster: Cluster, number: int, found: Link) -> Cluster:
         return cluster
     cluster = cluster.having(probes=tuple(other for other in cluster.probes if other.id != number))
     if probe.is_check:
-        return cluster
+        ends = {probe.here, probe.there}
+        return cluster.having(disputes=tuple(old for old in cluster.disputes if {old.here, old.there} != ends))
     for name, to in ((probe.here, probe.there), (probe.there, probe.here)):
         profile = cluster.device(name).profile
         if profile is not None:

@@ -70,7 +70,7 @@ def recover(cluster: Cluster, what: str, now: float, *, replan: bool) -> Outcome
     was_ready = cluster.phase == "ready"
     commands: tuple[Command, ...] = (Halt(), Note(f"{what}: {_next_step(replan)}", is_notice=True)) if was_ready else ()
     before = cluster.recovery
-    cluster = cluster.having(probes=(), suspects=frozenset()) if cluster.phase == "checking" else cluster
+    cluster = cluster.having(probes=(), suspects=()) if cluster.phase == "checking" else cluster
     if was_ready:
         cluster = cluster.having(recovery=Recovery(what, now, replan), recoveries=cluster.recoveries + 1)
     elif before is not None:

@@ -8,14 +8,14 @@ import msgspec
 import psutil
 
 from homeinfer.cluster.private_file import write_private
+from homeinfer.process_start import process_start
 
 _FOLDER, _FILE = "run", "cluster.json"
 
 
 class RunningCluster(msgspec.Struct, frozen=True):
     """address: of the socket for clients, ipc://… (a file that only this user can open) or tcp://127.0.0.1:… (CURVE:
-    `key` is the server's, and only this device's own keys get in). began: the process's start, since numbers of
-    processes come again."""
+    `key` is the server's, and only this device's own keys get in). began: the process's process_start."""
 
     pid: int
     began: float
@@ -35,7 +35,7 @@ def running_cluster(folder: Path) -> RunningCluster | None:
     try:
         found = msgspec.json.decode((run_folder(folder) / _FILE).read_bytes(), type=RunningCluster)
         process = psutil.Process(found.pid)
-        is_it = abs(process.create_time() - found.began) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        is_it = abs(process_start(found.pid) - found.began) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, msgspec.MsgspecError, psutil.Error, UnicodeDecodeError):
         return None
     return found if is_it else None
@@ -44,11 +44,6 @@ def running_cluster(folder: Path) -> RunningCluster | None:
 def was_killed(folder: Path) -> bool:
     """Whether the cluster that ran here last had no time to say that it runs no more. Only while none runs."""
     return (run_folder(folder) / _FILE).exists()
-
-
-def began() -> float:
-    """When this process started, as RunningCluster says it."""
-    return float(psutil.Process().create_time())
 
 
 def write_running(folder: Path, cluster: RunningCluster) -> None:

@@ -22,6 +22,18 @@ def disk_share(report: PlanReport, name: str, rates: Rates) -> float:
     return max(0.0, rates.compute_share - device.cause.compute_ms / 1e3 * rates.tokens_per_s)
 
 
+def slowdown(report: PlanReport, device: DeviceView, rates: Rates) -> float | None:
+    """How many times as long as planned a device computes for a token: a little less where the plan is for several
+    answers at once. None while too few tokens were alone, for a device that was not measured here, and for one that
+    reads for each token, where llama.cpp waits for the disk within what it computes."""
+    planned, profile = planned_device(report, device.name), device.profile
+    if planned is None or planned.read_bytes or profile is None or device.is_given or rates.computing_ms is None:
+        return None
+    runs = sum(len(window.window().runs()) for window in report.windows if window.device == device.name)
+    predicted = planned.cause.compute_ms + profile.window_ms * runs
+    return rates.computing_ms / predicted if predicted else None
+
+
 def planned_device(report: PlanReport, name: str) -> PlannedDevice | None:
     return next((device for device in report.devices if device.name == name), None)
 
@@ -55,6 +67,7 @@ def device_status(cluster: Cluster, device: DeviceView, rates: Rates) -> DeviceS
         compute_share=rates.compute_share,
         disk_share=disk_share(report, device.name, rates) if report is not None else 0.0,
         holding_share=rates.holding_share,
+        slowdown=slowdown(report, device, rates) if report is not None else None,
     )
 
 

@@ -1,7 +1,9 @@
-"""How fast tokens came in the last seconds, and what share of that time each window computed. No clock of its own."""
+"""How fast tokens came, and what each window computed for them. No clock of its own."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 
@@ -11,6 +13,8 @@ from homeinfer.cluster.wire.control import DeviceStats
 from homeinfer.cluster.wire.messages import Spent
 
 _WINDOW = 5.0
+ENOUGH, _ALONE = 16, 64
+"""So many tokens of answers that were alone in the ring say how long a token takes to compute; so many are kept."""
 
 
 class Speed:
@@ -18,9 +22,26 @@ class Speed:
 
     def __init__(self) -> None:
         self._tokens: deque[tuple[float, tuple[Spent, ...]]] = deque(maxlen=4096)
+        self._alone: deque[tuple[Spent, ...]] = deque(maxlen=_ALONE)
 
-    def token(self, now: float, spent: tuple[Spent, ...]) -> None:
+    def token(self, now: float, spent: tuple[Spent, ...], *, is_alone: bool = False) -> None:
+        """is_alone: one step was made for this token and nothing else."""
         self._tokens.append((now, spent))
+        if is_alone:
+            self._alone.append(spent)
+
+    def other_ring(self) -> None:
+        """Windows are others from now on, or elsewhere."""
+        self._alone.clear()
+
+    def computing_ms(self, hops: Sequence[int]) -> float | None:
+        """Milliseconds that these windows compute for one token: the median of the last that were alone. None before
+        there were ENOUGH."""
+        found = [
+            sum(spent[hop].computing for hop in hops) / 1e3 for spent in self._alone if hops and max(hops) < len(spent)
+        ]
+        median = statistics.median(found) if len(found) >= ENOUGH else math.nan
+        return median if math.isfinite(median) else None
 
     def tokens_per_s(self, now: float) -> float:
         recent = self._recent(now)
@@ -64,13 +85,14 @@ class Rate:
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """A device's last few seconds."""
+    """A device's last few seconds. computing_ms: Speed.computing_ms."""
 
     read_bytes_per_s: float = 0.0
     sent_bytes_per_s: float = 0.0
     compute_share: float = 0.0
     holding_share: float = 0.0
     tokens_per_s: float = 0.0
+    computing_ms: float | None = None
 
 
 class Meters:
@@ -87,4 +109,5 @@ class Meters:
     def of(self, device: str, hops: Sequence[int], speed: Speed, now: float) -> Rates:
         """hops: the device's windows in the ring."""
         read, sent = self._rates.get(device, (Rate(), Rate()))
-        return Rates(read.per_s, sent.per_s, *speed.shares(now, hops), speed.tokens_per_s(now))
+        shares, tokens_per_s = speed.shares(now, hops), speed.tokens_per_s(now)
+        return Rates(read.per_s, sent.per_s, *shares, tokens_per_s, speed.computing_ms(hops))

@@ -88,13 +88,15 @@ class RingPlan(msgspec.Struct, frozen=True):
 
 
 class Probing(msgspec.Struct, frozen=True):
-    """A link that is being timed, from one device to another; is_check: to see whether it carries anything."""
+    """A link that is being timed, from one device to another; is_check: to see whether it carries anything. is_open:
+    the other end is, so that whatever is wrong is what `here` says, or does not say, of `there`."""
 
     id: int
     here: str
     there: str
     since: float
     is_check: bool = False
+    is_open: bool = False
 
 
 class Recovery(msgspec.Struct, frozen=True):
@@ -120,7 +122,8 @@ class Cluster(msgspec.Struct, frozen=True):
     devices that the present plan, or the last trial to make one, could choose from. tried: why nothing could be made of
     them. planning: number of the plan that is being made, 0 for none. better: a plan to change to when no answer is
     being written. answering: answers under way. agreed: the user has said yes. unlinked: pairs whose link couldn't be
-    timed; suspects: those of the ring over which nothing came. is_restart: the head was killed, or ended while it wrote
+    timed; suspects: the checks over which nothing came now; disputes: those of late whose other end was open.
+    is_restart: the head was killed, or ended while it wrote
     answers: whoever waits for those shall not wait for devices that stay away."""
 
     options: ClusterOptions
@@ -151,7 +154,8 @@ class Cluster(msgspec.Struct, frozen=True):
     probes: tuple[Probing, ...] = ()
     probed: int = 0
     unlinked: frozenset[tuple[str, str]] = frozenset()
-    suspects: frozenset[tuple[str, str]] = frozenset()
+    suspects: tuple[Probing, ...] = ()
+    disputes: tuple[Probing, ...] = ()
     wire: Wire | None = None
     limit: int = 0
     ring_head: Neighbour = Neighbour("")

@@ -23,7 +23,10 @@ class DeviceStatus(msgspec.Struct, frozen=True):
 
     compute_share: of the last few seconds, in which its engine was inside llama_decode (messages.Spent.computing);
     disk_share: in which it waited there for its disk (part of compute_share); holding_share: in which it had a step in
-    hand at all (Spent.holding). With one answer at a time the ring's holding_shares and its network add up to 1."""
+    hand at all (Spent.holding). With one answer at a time the ring's holding_shares and its network add up to 1.
+
+    slowdown: how many times as long as the plan predicts it computes for a token, the median of the last tokens of
+    answers that were alone; None where that can't be said."""
 
     name: Name
     state: DeviceState
@@ -40,6 +43,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     compute_share: float = 0.0
     disk_share: float = 0.0
     holding_share: float = 0.0
+    slowdown: float | None = None
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):

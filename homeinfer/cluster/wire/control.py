@@ -325,10 +325,12 @@ class HeadBeat(msgspec.Struct, frozen=True, tag="head_beat"):
 
 
 class Sorry(msgspec.Struct, frozen=True, tag="sorry"):
-    """What was asked can't be done here; the others go on. about: the tag of the message."""
+    """What was asked can't be done here; the others go on. about: the tag of the message; id: that of a Probe or Echo
+    (earlier homeinfers do not say it)."""
 
     about: str
     reason: Text
+    id: Epoch | None = None
 
 
 class Bye(msgspec.Struct, frozen=True, tag="bye"):

@@ -16,14 +16,14 @@ from homeinfer.cluster.coordinator.running import (
     was_killed,
     write_running,
 )
+from homeinfer.process_start import process_start
 
 
 def test_a_head_that_has_ended_is_not_taken_for_one_that_runs(temp_folder: Path) -> None:
     run_folder(temp_folder).mkdir()
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        began = psutil.Process(process.pid).create_time()
-        its = RunningCluster(process.pid, began, "ipc://clients.sock", "k" * 40, "m.gguf")
+        its = RunningCluster(process.pid, process_start(process.pid), "ipc://clients.sock", "k" * 40, "m.gguf")
         write_running(temp_folder, its)
         assert running_cluster(temp_folder) == its
     finally:

@@ -102,7 +102,7 @@ class FakeDevice:
             case control.Measure():
                 self.says.append(control.Measured(DIGEST, self.measured))
             case control.Echo(number) if self.is_walled:
-                self.says.append(control.Sorry("echo", "nothing comes"))
+                self.says.append(control.Sorry("echo", "nothing comes", number))
             case control.Echo(number):
                 self.says.append(control.Echoing(number, 5000))
             case control.Probe(number):
