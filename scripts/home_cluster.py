@@ -114,7 +114,7 @@ class Home:
         for process in self.processes.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 30
         for process in self.processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, deadline - time.monotonic()))
@@ -179,8 +179,8 @@ def up_words(made: Home, model: Path, *words: str) -> tuple[str, ...]:
 
 
 def code_of(made: Home, used: str = "") -> str:
-    """The pairing code that follows the one that was used. Raises SystemExit when there is none after a minute."""
-    return wait_for(made, lambda status: status.code not in (None, used), 60.0).code or ""
+    """The pairing code that follows the one that was used. Raises SystemExit when there is none after three minutes."""
+    return wait_for(made, lambda status: status.code not in (None, used), 180.0).code or ""
 
 
 def status_of(made: Home) -> ClusterStatus | None:

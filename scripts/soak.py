@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import socket
 import sys
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -51,6 +53,10 @@ PROMPTS = (
     "Dear Sir or Madam,",
 )
 MINUTES_PER_FAULT = 0.35
+END_SECONDS = 60.0
+"""So long what was told to end may take on a busy machine; what is there then is left behind."""
+PORTS = range(15_000, 30_000)
+"""Not those that systems give to sockets which ask for any: one may be taken while the head is down."""
 
 
 class Evening:
@@ -61,6 +67,8 @@ class Evening:
         self._port = str(free_port()) if isinstance(made, LoopbackHome) else "47710"
         self._model = model
         self.code = ""
+        self.excused: set[str] = set()
+        """What was half written when a process was killed."""
 
     def begin(self) -> None:
         self.start(0)
@@ -84,9 +92,13 @@ class Evening:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """One whose next is free too: that is where codes are typed in."""
+    while True:
+        port = random.choice(PORTS)
+        with contextlib.suppress(OSError), socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
 
 
 def memory_mb(made: Home) -> dict[str, float]:
@@ -106,7 +118,7 @@ def disturb(
 ) -> list[dict[str, object]]:
     """Faults one after the other until the time is over; what was done and how the chats took it."""
     source = random.Random(seed)
-    faults = Faults(evening.made, evening.start)
+    faults = Faults(evening.made, evening.start, lambda: evening.excused.update(unfinished(evening.made)))
     end = time.monotonic() + minutes * 60
     done: list[dict[str, object]] = []
     while time.monotonic() < end:
@@ -129,8 +141,9 @@ def settle(chats: list[Chat], stop: threading.Event) -> bool:
     return not any(chat.is_alive() for chat in chats)
 
 
-def take_down(made: Home) -> list[str]:
-    """End the cluster as a user does; what is left then: processes, sockets, temporary files."""
+def take_down(made: Home, excused: Collection[str]) -> list[str]:
+    """End the cluster as a user does; what is left then: processes, sockets, temporary files. excused: what processes
+    that were killed in the middle of writing have left."""
     with contextlib.suppress(HomeinferError):
         client = find_cluster(made.folder(0))
         if client is not None:
@@ -138,10 +151,10 @@ def take_down(made: Home) -> list[str]:
                 client.order("down")
     for device in range(1, made.count):
         made.processes[device].send_signal(2)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(p.poll() is None for p in made.processes.values()):
-        time.sleep(0.2)
-    return left_behind(made)
+    deadline = time.monotonic() + END_SECONDS
+    while (left := [each for each in left_behind(made) if each not in excused]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left
 
 
 def left_behind(made: Home) -> list[str]:
@@ -151,12 +164,21 @@ def left_behind(made: Home) -> list[str]:
         with contextlib.suppress(psutil.Error):
             if marks in process.environ().get("HOMEINFER_STATE", ""):
                 found.append(f"process {' '.join(process.cmdline()[-3:])}")
-    for path in made.root.rglob("*"):
-        with contextlib.suppress(OSError):
-            inside = path.relative_to(made.root)
-            if path.is_socket() or is_temporary(inside):
-                found.append(str(inside))
-    return found
+    return found + [str(inside) for inside in all_inside(made) if (made.root / inside).is_socket()] + unfinished(made)
+
+
+def unfinished(made: Home) -> list[str]:
+    """Temporary files."""
+    return [str(inside) for inside in all_inside(made) if is_temporary(inside)]
+
+
+def all_inside(made: Home) -> list[Path]:
+    """Files and folders of a home; not by rglob, which fails when a folder goes meanwhile."""
+    return [
+        Path(folder, name).relative_to(made.root)
+        for folder, folders, files in os.walk(made.root)
+        for name in (*folders, *files)
+    ]
 
 
 def is_temporary(inside: Path) -> bool:
@@ -209,7 +231,7 @@ def main() -> int:
         done = disturb(evening, a.minutes, a.seed, kinds, chats)
         settled = settle(chats, stop)
         memory.append(memory_mb(made))
-        leaks = take_down(made)
+        leaks = take_down(made, evening.excused)
     answers = [answer for chat in chats for answer in chat.answers]
     said = machine(("scripts/soak.py", *sys.argv[1:])) | report(answers, done, memory)
     said["hangs"] = int(str(said["hangs"])) + (not settled)

@@ -45,10 +45,11 @@ def engines(made: Home, device: int) -> list[psutil.Process]:
 
 
 class Faults:
-    """Does and undoes faults. restart: how a device's command is started again."""
+    """Does and undoes faults. restart: how a device's command is started again; on_killed: to be called when one was
+    killed."""
 
-    def __init__(self, made: Home, restart: Callable[[int], None], sleep: Callable[[float], None] = time.sleep) -> None:
-        self._home, self._restart, self._sleep = made, restart, sleep
+    def __init__(self, made: Home, restart: Callable[[int], None], on_killed: Callable[[], None]) -> None:
+        self._home, self._restart, self._on_killed, self._sleep = made, restart, on_killed, time.sleep
 
     def do(self, fault: Fault) -> None:
         """The fault from its beginning to its end."""
@@ -58,6 +59,7 @@ class Faults:
         for engine in engines(self._home, fault.device):
             with contextlib.suppress(psutil.Error):
                 engine.kill()
+        self._on_killed()
 
     def _agent(self, fault: Fault) -> None:
         self._kill(fault.device)
@@ -75,6 +77,7 @@ class Faults:
         with contextlib.suppress(ProcessLookupError):
             os.kill(top.pid, signal.SIGKILL)
         top.wait()
+        self._on_killed()
 
     def _cut(self, fault: Fault) -> None:
         self._home.testbed("cut", str(fault.device))

@@ -15,18 +15,20 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A script with its window files in `folder`, without standard input."""
+    """A script that goes well, with its window files in `folder`, without standard input."""
     environment = {**os.environ, "HOMEINFER_WINDOWS": str(folder)}
-    return subprocess.run(
+    done = subprocess.run(
         command,
         cwd=ROOT,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=1200,
-        check=True,
+        timeout=500,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_the_demo_has_a_model_of_its_own_and_answers_through_three_devices(tmp_path: Path) -> None:
@@ -38,8 +40,9 @@ def test_the_demo_has_a_model_of_its_own_and_answers_through_three_devices(tmp_p
 
 
 def test_the_window_benchmark_prints_the_ratios_it_is_named_for(tmp_path: Path) -> None:
-    few = ("--rounds", "1", "--tokens", "3", "--prompt", "8", "--threads", "1")
+    few = ("--rounds", "1", "--tokens", "8", "--prompt", "8", "--threads", "1")
     said = json.loads(run(sys.executable, "scripts/bench_window.py", default_model(), *few, folder=tmp_path).stdout)
-    ratios = ("layerwindow_decode_ratio", "layerwindow_prefill_ratio", "ring3_tpot_ratio", "hop_overhead_ms")
+    ratios = ("layerwindow_decode_ratio", "layerwindow_prefill_ratio", "ring3_tpot_ratio")
     assert all(said[name] > 0 for name in ratios)
+    assert isinstance(said["hop_overhead_ms"], float), "of so few tokens it may be below 0 on a busy machine"
     assert set(said["tpot_ms"]) == {"llama_cpp", "layerwindow", "three_windows", "ring3"}

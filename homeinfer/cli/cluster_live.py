@@ -17,6 +17,8 @@ from rich.text import Text
 from homeinfer.cli.ui import console
 
 _PATIENCE = 1.0
+_LAST_PATIENCE = 5.0
+"""For what is said last: on a busy machine a second may be too short, and what is not written then is lost."""
 _MOST_WAITING = 200
 """Lines that a screen which stands still will show later; further ones are lost."""
 
@@ -58,7 +60,9 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.pause()
+        with self._changed:
+            self._add(self._stop)
+            self._settle(_LAST_PATIENCE)
 
     def show(self, view: RenderableType) -> None:
         """Put this in the view's place."""
@@ -95,11 +99,11 @@ class Screen:
             self._thread = threading.Thread(target=self._write, daemon=True)
             self._thread.start()
 
-    def _settle(self) -> None:
-        """Wait until all is written, but not for a screen that stands still."""
-        is_done = self._changed.wait_for(
-            lambda: not self._jobs and not self._is_writing, 0.0 if self._is_stuck else _PATIENCE
-        )
+    def _settle(self, patience: float | None = None) -> None:
+        """Wait until all is written; without `patience`, not for a screen that stands still."""
+        if patience is None:
+            patience = 0.0 if self._is_stuck else _PATIENCE
+        is_done = self._changed.wait_for(lambda: not self._jobs and not self._is_writing, patience)
         self._is_stuck = not is_done
         problem, self._problem = self._problem, None
         if problem is not None:

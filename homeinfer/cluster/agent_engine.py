@@ -155,7 +155,8 @@ class Engine:
         """Tell what becomes of the engine; for ever."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._pause)
+                async with asyncio.timeout(self._pause):
+                    await self._changed.wait()
                 await asyncio.sleep(_BUSY_SECONDS)
             self._changed.clear()
             self._look()

@@ -86,7 +86,8 @@ async def announce(key: str, port: int, hosts: Sequence[str] | None = None) -> A
 async def _close(zeroconf: AsyncZeroconf) -> None:
     """Nobody's end waits long for a comfort."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(zeroconf.async_close(), _CLOSE_SECONDS)
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await zeroconf.async_close()
 
 
 async def _registered(zeroconf: AsyncZeroconf, info: AsyncServiceInfo) -> bool:

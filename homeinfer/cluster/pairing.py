@@ -32,10 +32,12 @@ _ASK_AGAIN_SECONDS = 3.0
 _PATIENCE_SECONDS = 1.5
 _REFUSALS = 3
 """So often, within that time, a port must refuse before nobody waits for it any more."""
+_KNOCK_SECONDS = 1.5
+"""A port that neither takes a connection nor refuses it for so long is silent."""
 _LAST_ANSWER_SECONDS = 0.5
 """Of a socket that is closed at once, the last answer sometimes does not arrive."""
-_CLOSING_SECONDS = 1.0
-"""libzmq lets go of a port some moments after the socket was closed."""
+_CLOSING_SECONDS, _LOOK_SECONDS = 5.0, 0.1
+"""libzmq lets go of a port some moments after the socket was closed; on a busy machine these are long."""
 
 
 class ShowSecret(msgspec.Struct, frozen=True, tag="pair"):
@@ -120,7 +122,7 @@ class PairingDesk:
             except HomeinferError:
                 if time.monotonic() > self._closed_at + _CLOSING_SECONDS:
                     raise
-            await asyncio.sleep(_CLOSING_SECONDS / 10)
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _make_code(self, why: str) -> PairingCode:
         assert self._socket is not None
@@ -299,7 +301,8 @@ async def _tried(code: PairingCode) -> list[str]:
 
 async def _try_tcp(host: str, port: int) -> str:
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), _PATIENCE_SECONDS)
+        async with asyncio.timeout(_KNOCK_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
     except ConnectionRefusedError:
         return "closed"
     except (OSError, TimeoutError):

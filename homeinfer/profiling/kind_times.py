@@ -87,7 +87,7 @@ def layer_times(
                 kind=kind,
                 place=place,
                 decode_1_ms=decode_1,
-                decode_8_ms=decode_8 + expert * left_out(experts, 8),
+                decode_8_ms=max(decode_8, decode_1) + expert * left_out(experts, 8),
                 prefill_512_ms=prefill + expert * left_out(experts, _PREFILL),
                 gpu=gpu,
             )

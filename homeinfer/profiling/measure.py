@@ -145,7 +145,12 @@ def _profile(
         cores=run.machine.cores,
         threads=run.n_threads,
         memory_bytes_per_s=base.memory_bytes_per_s,
-        disk=msgspec.structs.replace(disk, free_bytes=free_bytes(run.folder), layer_bytes_per_s=rate),
+        disk=msgspec.structs.replace(
+            disk,
+            free_bytes=free_bytes(run.folder),
+            layer_bytes_per_s=rate,
+            fault_bytes_per_s=min(disk.fault_bytes_per_s, rate),
+        ),
         cpu=run.machine.cpu,
         system=run.machine.system,
         overhead_bytes=base.overhead_bytes,

@@ -5,7 +5,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,9 +28,13 @@ from homeinfer.engine.request import Sampling
 from homeinfer.engine.tokenizer import Tokenizer
 from homeinfer.errors import HomeinferError
 from homeinfer.model.header import Header, read_header
+from tests.support.processes import engines
 
 N_CTX = 96
 GREEDY = Sampling(temperature=0)
+ENDLESS = Sampling(temperature=0, grammar='root ::= "on and " root')
+LONG = 100_000
+"""An ENDLESS answer is still being written when a test that was held up comes to stop it."""
 
 
 class Model:
@@ -155,12 +158,14 @@ def test_an_empty_message_is_refused(model: Model, text: str) -> None:
 
 
 def test_a_stopped_answer_stays_as_far_as_it_was_written(model: Model) -> None:
-    session = model.session(limit=60)
+    session = model.session(ENDLESS, LONG)
     pieces: list[str] = []
     turn = session.ask("Tell me a long story.", pieces.append, lambda: len(pieces) >= 3)
     assert turn.outcome.finish_reason == "cancelled"
-    assert session.messages[1] == ChatMessage("assistant", "".join(pieces[:3]))
-    session.ask("Go on.")
+    assert turn.text == "".join(pieces)
+    assert session.messages[1] == ChatMessage("assistant", turn.text)
+    more: list[str] = []
+    session.ask("Go on.", more.append, lambda: len(more) >= 3)
     assert roles(session.messages) == "uaua"
 
 
@@ -307,11 +312,11 @@ def test_no_more_pairs_leave_than_must(with_system: bool, sizes: list[int], room
 
 
 def test_an_engine_that_dies_leaves_what_was_said(tmp_path: Path) -> None:
-    others = {child.pid for child in psutil.Process().children()}
+    others = engines()
     model = Model()
     try:
-        (engine,) = (child for child in psutil.Process().children() if child.pid not in others)
-        session = model.session(limit=60)
+        (engine,) = (each for each in engines() if each not in others)
+        session = model.session(ENDLESS, LONG)
         pieces: list[str] = []
 
         def kill_after_three(text: str) -> None:

@@ -10,8 +10,16 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from homeinfer.cli import cluster_live
 from homeinfer.cli.cluster_live import Screen
 from tests.support.processes import wait_until
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that a busy machine holds up is not taken for a terminal that stands still."""
+    monkeypatch.setattr(cluster_live, "_PATIENCE", 120.0)
+    monkeypatch.setattr(cluster_live, "_LAST_PATIENCE", 120.0)
 
 
 class Frozen(io.StringIO):
@@ -33,6 +41,7 @@ class Gone(io.StringIO):
         raise OSError(errno.EIO, "Input/output error")
 
 
+@pytest.mark.usefixtures("patient")
 def test_lines_stay_and_the_view_is_taken_away() -> None:
     terminal = io.StringIO()
     with Screen(Console(file=terminal, force_terminal=True)) as screen:
@@ -44,6 +53,7 @@ def test_lines_stay_and_the_view_is_taken_away() -> None:
     assert text.endswith("\x1b[2K")
 
 
+@pytest.mark.usefixtures("patient")
 def test_no_terminal_gets_lines_alone() -> None:
     log = io.StringIO()
     with Screen(Console(file=log)) as screen:
@@ -60,19 +70,21 @@ def test_a_screen_that_stands_still_holds_up_nobody_and_shows_all_lines_later() 
         screen.show(Text(f"view {number}."))
     assert terminal.getvalue() == ""
     terminal.goes_on.set()
-    wait_until(lambda: "view 99." in terminal.getvalue(), 10.0)
+    wait_until(lambda: all(last in terminal.getvalue() for last in ("line 99.", "view 99.")))
     text = terminal.getvalue()
     assert [text.index(f"line {number}.") for number in range(100)] == sorted(
         text.index(f"line {number}.") for number in range(100)
     )
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_terminal_that_is_gone_stops_nothing() -> None:
     with Screen(Console(file=Gone())) as screen:
         screen.say("one")
         screen.say("two")
 
 
+@pytest.mark.usefixtures("patient")
 def test_what_cannot_be_shown_is_raised_by_who_shows_it() -> None:
     screen = Screen(Console(file=io.StringIO()))
     with pytest.raises(TypeError):

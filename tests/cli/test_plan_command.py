@@ -19,6 +19,7 @@ from homeinfer.cluster.planning.plan import Workload
 from homeinfer.cluster.planning.profile import DeviceProfile
 from homeinfer.cluster.planning.report import PlannedWindow, PlanReport
 from homeinfer.model.header import read_header
+from tests.support.commands import HANG_SECONDS
 from tests.support.header_file import LLAMA_8B, LLAMA_70B, LlamaSize, write_header_file
 from tests.support.profiles import DESK, LAPTOP, MAC, PHONE, device_of, write_profile
 from tests.support.tiny_models import make_tiny_model
@@ -288,7 +289,12 @@ def test_it_starts_as_an_installed_command_with_examples_in_its_help(small: Path
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60, env=environment
+            [*command, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=HANG_SECONDS,
+            env=environment,
         )
 
     told = run("--help")

@@ -8,20 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 
 from homeinfer.quant.dynamic import DynamicResult
 from tests.quant.talking_model import write_talking_model, write_text
-from tests.support.processes import running
+from tests.support.commands import HANG_SECONDS
+from tests.support.processes import have_stopped, held_back, running, wait_until
 
 HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "quantize"]
+OBSERVER = "homeinfer.quant.observer_process"
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +37,15 @@ def command(model: Path, folder: Path, text: Path, *more: str | Path) -> list[st
     return [*HOMEINFER, *map(str, (model, folder / "small.gguf", "--text", text, "--threads", "1", *more))]
 
 
-def environment(kept: Path | None = None) -> dict[str, str]:
-    more = {} if kept is None else {"HOMEINFER_KEPT": str(kept)}
-    return {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "OPENBLAS_NUM_THREADS": "1", **more}
+def environment(kept: Path | None = None, **more: str) -> dict[str, str]:
+    where = {} if kept is None else {"HOMEINFER_KEPT": str(kept)}
+    return {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "OPENBLAS_NUM_THREADS": "1", **where, **more}
 
 
 def run(arguments: list[str], kept: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300, env=environment(kept))
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.003)
+    return subprocess.run(
+        arguments, capture_output=True, text=True, check=False, timeout=HANG_SECONDS, env=environment(kept)
+    )
 
 
 def test_a_size_gives_a_file_a_report_and_one_line_or_json(model: Path, text: Path, tmp_path: Path) -> None:
@@ -68,10 +62,6 @@ def test_a_size_gives_a_file_a_report_and_one_line_or_json(model: Path, text: Pa
     assert result.size_bytes <= size == result.limit_bytes
 
 
-def children_of(process: subprocess.Popen[str], module: str) -> list[psutil.Process]:
-    return running(module, process.pid)
-
-
 @pytest.fixture(scope="module")
 def measured(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What was measured of the model; the tests before may have done that already."""
@@ -83,18 +73,20 @@ def measured(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_ctrl_c_leaves_nothing_behind(model: Path, text: Path, tmp_path: Path, stage: str, measured: Path) -> None:
     kept, out = tmp_path / "kept", tmp_path / "out"
     out.mkdir()
+    child = f"homeinfer.quant.{'observer' if stage == 'observer' else 'evaluator'}_process"
+    held = held_back(tmp_path, child)  # the evaluator comes after the errors
     if stage == "errors":
         shutil.copytree(measured, kept, ignore=shutil.ignore_patterns("errors.jsonl"))
     process = subprocess.Popen(
         command(model, out, text, "--bpw", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(None if stage == "evaluator" else kept), start_new_session=True,
+        env=environment(None if stage == "evaluator" else kept, **held), start_new_session=True,
     )  # fmt: skip
     if stage == "errors":
-        wait_until(lambda: any(kept.rglob("errors.jsonl")))
+        wait_until(lambda: any(kept.rglob("errors.jsonl")), pause=0.003)
     else:
-        wait_until(lambda: bool(children_of(process, f"homeinfer.quant.{stage}_process")))
+        wait_until(lambda: have_stopped(running(child, process.pid)))
     os.killpg(process.pid, signal.SIGINT)
-    told, said = process.communicate(timeout=60)
+    told, said = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, told, said) == (130, "", "homeinfer: interrupted: nothing was written\n")
     assert list(out.iterdir()) == []
     assert not list(kept.rglob("*.partial"))
@@ -105,12 +97,12 @@ def test_a_killed_child_is_one_line(model: Path, text: Path, tmp_path: Path) -> 
     out.mkdir()
     process = subprocess.Popen(
         command(model, out, text, "--bpw", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(kept),
+        env=environment(kept, **held_back(tmp_path, OBSERVER)),
     )  # fmt: skip
-    wait_until(lambda: bool(children_of(process, "homeinfer.quant.observer_process")))
-    for child in children_of(process, "homeinfer.quant.observer_process"):
+    wait_until(lambda: have_stopped(running(OBSERVER, process.pid)))
+    for child in running(OBSERVER, process.pid):
         child.kill()
-    told, said = process.communicate(timeout=60)
+    told, said = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, told, said.count("\n")) == (1, "", 1)
     assert "the process that ran the model was killed" in said
     assert list(out.iterdir()) == []

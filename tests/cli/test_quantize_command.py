@@ -15,8 +15,8 @@ from homeinfer.quant.quantize import QuantizeResult
 from homeinfer.quant.recipes import RECIPES
 from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
-from tests.support.commands import ENVIRONMENT, HOMEINFER, ran
-from tests.support.processes import have_ended, running, wait_until
+from tests.support.commands import ENVIRONMENT, HANG_SECONDS, HOMEINFER, ran
+from tests.support.processes import have_ended, have_stopped, held_back, running, wait_until
 from tests.support.tiny_models import make_tiny_model
 
 SLOW = ("--recipe", "IQ3_S", "--threads", "1")
@@ -221,7 +221,11 @@ def test_file_that_cannot_be_written_to_its_end_is_removed(source: Path, tmp_pat
     ],
 )
 def test_ctrl_c_before_anything_is_written_leaves_nothing_behind(
-    smollm2_path: Path, tmp_path: Path, child: str, arguments: tuple[str, ...]
+    smollm2_path: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    child: str,
+    arguments: tuple[str, ...],
 ) -> None:
     (tmp_path / "text.txt").write_text("Each of these words is read by the model, again and again. " * 5000)
     (tmp_path / "temp").mkdir()
@@ -231,30 +235,30 @@ def test_ctrl_c_before_anything_is_written_leaves_nothing_behind(
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env={**ENVIRONMENT, "TMPDIR": str(tmp_path / "temp")},
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path / "temp"), **held_back(tmp_path_factory.mktemp("held"), child)},
         start_new_session=True,
     )
     started: list[psutil.Process] = []
 
     def has_started() -> bool:
         started[:] = running(child, process.pid)
-        return bool(started)
+        return have_stopped(started)
 
     wait_until(has_started)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out) == (130, "")
     assert err == "homeinfer: interrupted: nothing was written\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["temp", "text.txt"]
     assert list((tmp_path / "temp").iterdir()) == []
-    assert not psutil.wait_procs(started, timeout=60)[1]
+    assert not psutil.wait_procs(started, timeout=HANG_SECONDS)[1]
 
 
 def test_ctrl_c_leaves_nothing_behind(slow_source: Path, tmp_path: Path) -> None:
     before = slow_source.stat()
     process = start_and_wait_for_output(slow_source, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out) == (130, "")
     assert err == "homeinfer: interrupted: nothing was written\n"
     assert list(tmp_path.iterdir()) == []
@@ -269,8 +273,8 @@ def test_quantizer_ends_and_cleans_up_when_its_parent_dies(
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 1
     process.send_signal(deadly)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == -deadly
     wait_until(lambda: list(tmp_path.iterdir()) == [])
-    psutil.wait_procs(workers, timeout=60)
+    psutil.wait_procs(workers, timeout=HANG_SECONDS)
     assert have_ended(workers)

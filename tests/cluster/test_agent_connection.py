@@ -18,33 +18,40 @@ from homeinfer.folders import private_folder
 from tests.support.scripted_head import HERE, a_head, agent_options, an_agent
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is silent for a second is gone."""
     monkeypatch.setattr(agent_connection, "LOST_SECONDS", 1.5)
 
 
-async def complaint(events: list[AgentEvent]) -> str:
-    """The first reason why the head is not there."""
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine does not make a head that is there one that is not, nor a name server that is away keep a test."""
+    monkeypatch.setattr(agent_connection, "_KNOCK_SECONDS", 20.0)
+    monkeypatch.setenv("RES_OPTIONS", "timeout:1 attempts:1")
+
+
+async def complaint(events: list[AgentEvent], about: str) -> str:
+    """The first reason why the head is not there that says so; on a busy machine others may come before."""
     while True:
         for event in events:
-            if isinstance(event, Seeking) and event.reason:
+            if isinstance(event, Seeking) and about in event.reason:
                 return event.reason
         await asyncio.sleep(0.02)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_head_with_another_key_hears_nothing_and_the_user_a_clear_line(tmp_path: Path) -> None:
     async def test() -> None:
         async with a_head(tmp_path / "head") as head:
             other = own_keys(private_folder(tmp_path / "other")).public
             options = msgspec.structs.replace(agent_options(head, tmp_path / "desk"), key=other)
             async with an_agent(options) as (_, events):
-                reason = await complaint(events)
-                assert "doesn't answer this device" in reason
+                reason = await complaint(events, "doesn't answer this device")
                 assert "join again with a new code" in reason
             assert head.heard == []
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_device_that_is_not_registered_hears_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,25 +60,25 @@ def test_a_device_that_is_not_registered_hears_nothing(tmp_path: Path, monkeypat
     async def test() -> None:
         async with a_head(tmp_path / "head", is_allowed=lambda _key: False) as head:
             async with an_agent(agent_options(head, tmp_path / "desk")) as (_, events):
-                assert "doesn't answer this device" in await complaint(events)
+                await complaint(events, "doesn't answer this device")
             assert head.heard == []
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_port_where_nothing_listens_and_a_host_that_nobody_knows_are_named(tmp_path: Path) -> None:
     async def test() -> None:
         async with a_head(tmp_path / "head") as head:
             options = agent_options(head, tmp_path / "desk")
         async with an_agent(options) as (_, events):
-            assert f"nothing listens at its port {options.port}" in await complaint(events)
-        nowhere = msgspec.structs.replace(options, hosts=("no-such-host.invalid",))
-        async with an_agent(nowhere) as (_, events):
-            reason = await complaint(events)
-            assert "no-such-host.invalid can't be reached" in reason
-            assert "firewall" in reason
+            await complaint(events, f"nothing listens at its port {options.port}")
+        for nobody in ("no-such-host.invalid", "no..host"):
+            nowhere = msgspec.structs.replace(options, hosts=(nobody,))
+            async with an_agent(nowhere) as (_, events):
+                assert "firewall" in await complaint(events, f"{nobody} can't be reached")
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 @pytest.mark.parametrize("reached", ["nothing", "port", "head"])
@@ -83,7 +90,7 @@ def test_a_head_that_listens_already_but_says_nothing_may_be_starting(reached: a
             assert "may be starting" in reason
             assert "another head" not in reason
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_what_listens_and_is_silent_is_not_called_another_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +102,9 @@ def test_what_listens_and_is_silent_is_not_called_another_head(tmp_path: Path, m
         silent = await asyncio.start_server(lambda _r, _w: None, HERE, 0)
         its = msgspec.structs.replace(options, port=silent.sockets[0].getsockname()[1])
         async with silent, an_agent(its) as (_, events):
-            assert "the head may be starting, or busy" in await complaint(events)
+            await complaint(events, "the head may be starting, or busy")
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_the_second_address_serves_when_the_first_does_not(tmp_path: Path) -> None:
@@ -111,7 +118,7 @@ def test_the_second_address_serves_when_the_first_does_not(tmp_path: Path) -> No
                 await head.expect(control.Beat)
                 assert Connected("desk", HERE) in events
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_what_the_network_says_of_a_head_comes_beside_what_is_known_and_not_in_its_place(
@@ -153,9 +160,10 @@ def test_an_agent_without_a_head_can_be_stopped_at_any_moment(tmp_path: Path) ->
             async with an_agent(refused):
                 await asyncio.sleep(number * 0.007)
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_silent_head_is_called_again(tmp_path: Path) -> None:
     async def test() -> None:
         async with a_head(tmp_path / "head") as head:
@@ -166,7 +174,7 @@ def test_a_silent_head_is_called_again(tmp_path: Path) -> None:
                 await head.expect(control.Hello)
                 await head.expect(control.Beat)
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +194,7 @@ def test_an_agent_ends_when_the_head_says_so(
             while expected not in events:
                 await asyncio.sleep(0.02)
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 def test_an_agent_that_stays_waits_for_the_cluster_to_come_up_again(
@@ -201,6 +209,7 @@ def test_an_agent_that_stays_waits_for_the_cluster_to_come_up_again(
                 await head.expect(control.Hello)
                 head.say(control.Bye())
                 await head.expect(control.Hello)
+                await head.expect(control.Beat)
             await head.expect(control.Bye)
 
-    asyncio.run(asyncio.wait_for(test(), 30))
+    asyncio.run(asyncio.wait_for(test(), 60))

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 
 from homeinfer.cluster.agent_lock import running_agent
@@ -20,7 +19,7 @@ from homeinfer.cluster.agent_options import AgentOptions, AgentStart, Ended
 from homeinfer.cluster.wire import control
 from homeinfer.model.header import read_header
 from homeinfer.model.window_plan import n_layers
-from tests.support.processes import engines, have_ended
+from tests.support.processes import engines, have_ended, wait_until
 from tests.support.scripted_head import Head, a_head, agent_options, part_of, tiny_model
 
 
@@ -53,7 +52,7 @@ async def loaded(head: Head, model: Path, folder: Path) -> None:
 
 async def last_word(process: asyncio.subprocess.Process) -> Ended:
     assert process.stdout is not None
-    return msgspec.json.decode(await asyncio.wait_for(process.stdout.read(), 30), type=Ended)
+    return msgspec.json.decode(await process.stdout.read(), type=Ended)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "stdin", "SIGKILL"])
@@ -77,20 +76,20 @@ def test_an_agent_that_ends_leaves_nothing_behind(tmp_path: Path, how: str) -> N
                 if how != "SIGKILL":
                     await head.expect(control.Bye)
                     assert await last_word(process) == Ended("stopped")
-                    assert await process.wait() == 0
-                await asyncio.to_thread(psutil.wait_procs, [engine], 30)
-                assert have_ended([engine])
+                # only then is its lock surely gone: the system closes what a killed process had open in any order
+                assert await process.wait() == (-signal.SIGKILL if how == "SIGKILL" else 0)
+                await asyncio.to_thread(wait_until, lambda: have_ended([engine]))
                 assert running_agent(Path(options.state)) is None
             left = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
             assert left <= {"state", "weights", "windows"}
             assert not [path for path in folder.rglob("*") if path.suffix in (".part", ".partial") or path.is_socket()]
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), 120))
 
 
 def test_an_agent_that_is_given_nothing_to_do_says_so_in_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "homeinfer.cluster.agent"], input=b"", capture_output=True, timeout=30, check=False
+        [sys.executable, "-m", "homeinfer.cluster.agent"], input=b"", capture_output=True, timeout=120, check=False
     )
     ended = msgspec.json.decode(done.stdout, type=Ended)
     assert ended.is_problem
@@ -109,4 +108,4 @@ def test_a_second_agent_of_the_same_device_is_told_so(tmp_path: Path) -> None:
                     assert ended.is_problem
                     assert f"process {first.pid}" in ended.reason
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), 120))

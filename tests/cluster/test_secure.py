@@ -9,17 +9,20 @@ import random
 import socket as system_socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import psutil
 import pytest
 import zmq
 import zmq.asyncio
 
+from homeinfer.cluster.wire import ledger as wire_ledger
+from homeinfer.cluster.wire import secure as wire_secure
 from homeinfer.cluster.wire.guard import Guard
 from homeinfer.cluster.wire.keys import DeviceKeys
 from homeinfer.cluster.wire.secure import (
     Secure,
+    _Counted,
     bound_port,
     frames_of,
     sender_host,
@@ -29,10 +32,11 @@ from homeinfer.cluster.wire.secure import (
 from homeinfer.cluster.wire.transport import new_keys
 from homeinfer.cluster.wire.zap import zap_reply
 from homeinfer.errors import HomeinferError
+from tests.support.processes import wait_until
 
 ANYWHERE = "tcp://127.0.0.1:*"
 MOST_BYTES = 100_000
-ENOUGH_MS = 10_000
+ENOUGH_MS, AGAIN_MS = 10_000, 3000
 NOTHING_BUT_TIME_MS = 300
 """In which a message that may pass would long have arrived."""
 
@@ -52,6 +56,7 @@ class Home:
     def __init__(self, listener: Secure, friend: Secure, allowed: set[str]) -> None:
         self.listener, self.friend, self.allowed = listener, friend, allowed
         self.handshakes: list[str] = []
+        self._asked = 0
         self.socket = listener.router(ANYWHERE, "test", self.is_allowed, MOST_BYTES)
         self.port = bound_port(self.socket)
         self.address = f"tcp://127.0.0.1:{self.port}"
@@ -65,6 +70,12 @@ class Home:
         dealer.linger = 0
         return dealer
 
+    def knows_someone(self) -> bool:
+        """Whether one who has come is known by name: the first message may be faster than the news of its connection,
+        then the next one tells."""
+        ledger = cast(_Counted, self.socket).ledger
+        return ledger is not None and any(each.key for each in ledger._going_on())
+
     async def heard(self, patience_ms: int = ENOUGH_MS) -> list[bytes] | None:
         """The next message without its routing id."""
         if not await self.socket.poll(patience_ms):
@@ -73,17 +84,22 @@ class Home:
         return [frame.bytes for frame in frames[1:]]
 
     async def works(self, dealer: zmq.asyncio.Socket | None = None) -> bool:
-        """Whether the friend gets through, and an answer; on a new connection or the dealer's."""
+        """Whether the friend gets through, and an answer; on a new connection or the dealer's. It asks again, as all do
+        here who get no answer: what is under way on a connection that ends is lost."""
         used = dealer or self.dial()
-        await used.send(b"still there?")
-        assert await self.socket.poll(ENOUGH_MS)
-        frames = frames_of(await self.socket.recv_multipart(copy=False))
+        self._asked += 1
+        question = b"still there? %d" % self._asked
+        frames: list[zmq.Frame] = []
+        while not frames or frames[1].bytes != question:
+            await used.send(question)
+            if await self.socket.poll(AGAIN_MS):
+                frames = frames_of(await self.socket.recv_multipart(copy=False))
         assert sender_key(frames[1]) == self.friend.keys.public
         await self.socket.send_multipart([frames[0].bytes, b"yes"])
         answered = bool(await used.poll(ENOUGH_MS)) and await used.recv_multipart() == [b"yes"]
         if dealer is None:
             used.close()
-        return answered and frames[1].bytes == b"still there?"
+        return answered
 
 
 def at_home(test: Callable[[Home], Awaitable[None]]) -> None:
@@ -161,11 +177,12 @@ def test_a_guard_that_fails_lets_nobody_in_and_the_others_go_on(caplog: pytest.L
         dealer = home.friend.dealer(f"tcp://127.0.0.1:{bound_port(other)}", home.listener.keys.public, MOST_BYTES)
         dealer.linger = 0
         await dealer.send(b"hello")
+        while "could not be checked" not in caplog.text:  # it has been asked
+            await asyncio.sleep(0.01)
         assert not await other.poll(NOTHING_BUT_TIME_MS)
         assert await home.works()
 
     at_home(test)
-    assert "could not be checked" in caplog.text
 
 
 def test_two_routers_of_one_purpose_have_their_own_guards() -> None:
@@ -216,10 +233,17 @@ def test_peers_that_send_garbage_change_nothing() -> None:
     at_home(test)
 
 
-def test_a_crowd_of_half_open_connections_is_cut_down_while_a_friend_gets_through() -> None:
+def test_a_crowd_of_half_open_connections_is_cut_down_while_a_friend_gets_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (wire_secure, wire_ledger):  # time alone would end them too
+        monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 600.0)
+    monkeypatch.setattr(wire_secure, "_HANDSHAKE_MS", 600_000)
+
     async def test(home: Home) -> None:
         early = home.dial()
-        assert await home.works(early)
+        while not home.knows_someone():
+            assert await home.works(early)
         before = psutil.Process().memory_info().rss
         crowd = []
         for _ in range(300):
@@ -230,7 +254,7 @@ def test_a_crowd_of_half_open_connections_is_cut_down_while_a_friend_gets_throug
         assert len(home.handshakes) == 1
         assert await home.works()
         ended = [asyncio.ensure_future(reader.read()) for reader, _ in crowd[:200]]
-        await asyncio.wait_for(asyncio.gather(*ended), 4)
+        await asyncio.gather(*ended)
         assert await home.works()
         assert psutil.Process().memory_info().rss - before < 64 << 20
         for _, writer in crowd:
@@ -295,10 +319,11 @@ def test_closing_leaves_no_socket_thread_or_file() -> None:
         assert await home.works()
 
     at_home(test)
-    before = process.num_fds(), process.num_threads()
+    fds, threads = process.num_fds(), process.num_threads()
     for _ in range(3):
         at_home(test)
-    assert (process.num_fds(), process.num_threads()) == before
+    # the system counts a thread that was waited for a moment longer
+    wait_until(lambda: process.num_fds() <= fds and process.num_threads() <= threads)
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,15 @@ def test_processes_sockets_and_temporary_files_are_found(made: LoopbackHome) -> 
         (made.root / path).parent.mkdir(parents=True, exist_ok=True)
         (made.root / path).touch()
     sleeper = subprocess.Popen(
-        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={**os.environ, "HOMEINFER_STATE": str(made.root)}
+        [sys.executable, "-c", "print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "HOMEINFER_STATE": str(made.root)},
     )
     with sleeper, contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
         listener.bind(str(made.root / "0" / "clients.sock"))
+        assert sleeper.stdout is not None
+        sleeper.stdout.readline()  # one that has just begun has neither command line nor environment yet
         found = left_behind(made)
         assert sleeper.stdin is not None
         sleeper.stdin.close()

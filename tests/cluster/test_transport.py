@@ -16,7 +16,7 @@ from homeinfer.errors import HomeinferError
 
 ANYWHERE = "tcp://127.0.0.1:*"
 NOTHING_BUT_TIME = 600
-"""Milliseconds in which a message that may pass would long have arrived."""
+"""Milliseconds in which a message that may pass would long have arrived (`next_of` waits longer for one that will)."""
 
 
 def keys(pair: tuple[str, str], *allowed: str) -> Keys:
@@ -40,7 +40,7 @@ def test_known_keys_get_through(listener: tuple[Links, Peer], friend: tuple[str,
     links, peer = listener
     with closing(Links(ANYWHERE, keys(friend))) as other:
         send(other.sender(peer), encode(Cancel(1, 2, 3), b"rows"))
-        message, rows = decode(links.receive() or [])
+        message, rows = decode(next_of(links))
     assert message == Cancel(1, 2, 3)
     assert bytes(rows) == b"rows"
 
@@ -52,7 +52,7 @@ def test_an_unknown_key_gets_nothing_through(listener: tuple[Links, Peer], frien
         assert links.receive() is None
         with closing(Links(ANYWHERE, keys(friend))) as other:
             send(other.sender(peer), encode(Cancel(4, 5, 6)))
-            assert decode(links.receive() or [])[0] == Cancel(4, 5, 6)
+            assert decode(next_of(links))[0] == Cancel(4, 5, 6)
         assert links.receive() is None
 
 
@@ -70,7 +70,7 @@ def test_a_frame_that_is_too_long_is_cut_off(listener: tuple[Links, Peer], frien
         assert links.receive() is None
     with closing(Links(ANYWHERE, keys(friend))) as other:
         send(other.sender(peer), encode(Cancel(4, 5, 6), bytes(800)))
-        assert decode(links.receive() or [])[0] == Cancel(4, 5, 6)
+        assert decode(next_of(links))[0] == Cancel(4, 5, 6)
 
 
 def test_the_network_without_keys_is_refused() -> None:
@@ -97,7 +97,7 @@ def test_an_address_in_use_is_refused(listener: tuple[Links, Peer]) -> None:
 def test_rows_of_any_size_pass_through_a_file_socket(size: int, temp_folder: Path) -> None:
     rows = bytes(range(256)) * (size // 256) + bytes(size % 256)
     with (
-        closing(Links(f"ipc://{temp_folder}/a", patience_ms=5000)) as receiver,
+        closing(Links(f"ipc://{temp_folder}/a", patience_ms=30_000)) as receiver,
         closing(Links(f"ipc://{temp_folder}/b")) as sender,
     ):
         for step in range(3):
@@ -122,8 +122,8 @@ def test_whoever_is_allowed_later_gets_through_without_anybody_waiting(listener:
 
 
 def next_of(links: Links) -> list[Any]:
-    """The next message: who was refused tries again a few times a second."""
-    return next(frames for frames in (links.receive() for _ in range(30)) if frames is not None)
+    """The next message, however long a busy machine needs for it; who was refused tries again a few times a second."""
+    return next(frames for frames in (links.receive() for _ in range(50)) if frames is not None)
 
 
 def test_a_connection_that_was_allowed_once_is_not_heard_any_more(
@@ -132,7 +132,7 @@ def test_a_connection_that_was_allowed_once_is_not_heard_any_more(
     links, peer = listener
     with closing(Links(ANYWHERE, keys(friend))) as other:
         other.send(peer, encode(Cancel(1, 2, 3)))
-        assert links.receive() is not None
+        assert decode(next_of(links))[0] == Cancel(1, 2, 3)
         links.allow([])
         other.send(peer, encode(Cancel(4, 5, 6)))
         assert links.receive() is None

@@ -88,7 +88,7 @@ def test_a_source_that_dies_in_the_middle_is_replaced(model: Model, tmp_path: Pa
             await until(lambda: dying.server.sent_bytes > 2 << 20)
             await dying.stop()
             got = await fetching
-            assert got.lost == ("dying",)
+            assert "dying" in got.lost
             assert got.liars == ()
             assert_right(model, desk.store, model.tensors)
 
@@ -121,7 +121,7 @@ def test_a_cancelled_fetch_goes_on_where_it_was(model: Model, tmp_path: Path) ->
             fetching = asyncio.create_task(
                 fetch_tensors(first.secure, first.store, model.tensors, [head.source()], RateLimit())
             )
-            await until(lambda: head.server.sent_bytes > model.nbytes // 2)
+            await until(lambda: head.server.sent_bytes > model.nbytes * 2 // 3)
             fetching.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await fetching

@@ -48,3 +48,20 @@ def test_a_rest_ends_when_the_limit_is_lifted() -> None:
         await limit.rest(0.001)
 
     asyncio.run(main())
+
+
+def test_a_wait_that_is_cancelled_while_its_limit_is_lifted_is_cancelled() -> None:
+    async def main() -> None:
+        for rounds_later in range(6):
+            limit = RateLimit(1000)
+            resting = asyncio.create_task(limit.rest(600))
+            await asyncio.sleep(0.01)
+            limit.set(0)
+            for _ in range(rounds_later):
+                await asyncio.sleep(0)
+            if not resting.done():
+                resting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await resting
+
+    asyncio.run(main())

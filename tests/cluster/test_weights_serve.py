@@ -101,7 +101,7 @@ def test_a_device_that_is_forgotten_in_the_middle_gets_no_more(model: Model, tmp
         async with peers() as make:
             head = make("head", full(model, tmp_path / "a"), SLOW).serve()
             desk = make("desk", empty(model, tmp_path / "desk"))
-            patience = Patience(silence=0.5, retry=0.1, give_up=1.0)
+            patience = Patience(silence=0.5, retry=0.1, give_up=3.0)
             fetching = asyncio.create_task(
                 fetch_tensors(desk.secure, desk.store, model.tensors, [head.source()], RateLimit(), patience=patience)
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 
@@ -55,10 +56,12 @@ class Peer:
         return self
 
     async def stop(self) -> None:
+        """And wait until libzmq has let go of the port."""
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
             self._serving = None
+            await until(lambda: is_free(self.port))
 
     def source(self, tensors: Iterable[int] | None = None) -> Source:
         held = tuple(self.store.holds() if tensors is None else tensors)
@@ -81,6 +84,15 @@ async def peers() -> AsyncIterator[Callable[..., Peer]]:
             await peer.stop()
             peer.store.close()
             peer.secure.close()
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens there."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def holding(store: Store, manifest: Manifest) -> Store:
@@ -136,10 +148,10 @@ def assert_right(model: Model, store: Store, tensors: Sequence[int]) -> None:
 
 
 def run(test: Coroutine[None, None, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, 180))
 
 
 async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not is_so():
             await asyncio.sleep(0.01)

@@ -13,11 +13,12 @@ LOOPBACK = ((), "tcp://127.0.0.1:*")
 
 
 def test_a_link_of_this_machine_to_itself_is_fast_and_leaves_no_process() -> None:
+    before = psutil.Process().children()
     link = measure_link("here", LOOPBACK, LOOPBACK, (8192, 1 << 20), 0.0)
     assert link.to == "here"
-    assert link.bytes_per_s > 10e6
-    assert 0 <= link.latency_s < 0.1
-    assert not [child for child in psutil.Process().children() if "link_probe" in " ".join(child.cmdline())]
+    assert link.bytes_per_s > 1e6
+    assert 0 <= link.latency_s < 1
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def test_the_line_goes_through_both_sizes() -> None:

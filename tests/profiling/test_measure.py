@@ -67,7 +67,7 @@ def test_a_profile_has_times_for_every_kind_of_layer_in_every_place(profile: Dev
     }
     assert {(times.kind, times.place) for times in profile.times if times.place != "gpu"} == expected
     for times in profile.times:
-        assert 0 < times.decode_1_ms < times.decode_8_ms
+        assert 0 < times.decode_1_ms <= times.decode_8_ms
         assert math.isfinite(times.prefill_512_ms)
 
 

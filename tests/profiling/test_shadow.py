@@ -98,6 +98,8 @@ def test_what_a_window_costs_is_taken_off_but_never_more_than_half(smollm2_path:
     wild = layer_times(header, made, steps, Steps(9.0, 9.0, 9.0), None, "resident")
     assert all(times.decode_1_ms == pytest.approx(0.8) for times in calm)
     assert all(times.decode_1_ms == pytest.approx(0.5) for times in wild)
+    disturbed = layer_times(header, made, [Steps(3.0, 2.0, 100.0)] * len(made), Steps(0, 0, 0), None, "resident")
+    assert all(times.decode_8_ms == times.decode_1_ms == pytest.approx(3.0) for times in disturbed)
 
 
 def test_eight_tokens_reach_more_experts_than_a_smaller_shadow_has() -> None:

@@ -287,7 +287,7 @@ def test_killed_evaluation_is_one_line_and_leaves_nothing(reference: Path, tmp_p
             process.kill()
 
     with pytest.raises(HomeinferError, match=r"reference\.gguf: the evaluation was killed"):
-        keep_logits(reference, TEXT * 20, tmp_path / "kept.logits", n_ctx=32, threads=1, on_progress=kill)
+        keep_logits(reference, TEXT * 200, tmp_path / "kept.logits", n_ctx=32, threads=1, on_progress=kill)
     assert list(tmp_path.iterdir()) == []
 
 

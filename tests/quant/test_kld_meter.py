@@ -21,7 +21,7 @@ from homeinfer.model.header import read_header
 from homeinfer.quant.kld_meter import KldMeter
 from homeinfer.quant.work_copy import WorkCopy, enough_space
 from tests.quant.f16_model import VOCAB, write_f16_model
-from tests.support.processes import wait_until
+from tests.support.processes import have_ended, wait_until
 
 Ints = npt.NDArray[np.int32]
 NAME = "blk.1.ffn_down.weight"
@@ -178,6 +178,6 @@ def test_nothing_is_left_of_a_parent_that_dies(model_path: Path, tmp_path: Path,
     command = [sys.executable, "-c", PARENT, str(model_path), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
-        meter = int(parent.stdout.readline())
+        meter = psutil.Process(int(parent.stdout.readline()))
         parent.send_signal(how)
-    wait_until(lambda: not psutil.pid_exists(meter) and not list(tmp_path.iterdir()))
+    wait_until(lambda: have_ended([meter]) and not list(tmp_path.iterdir()))

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -172,8 +171,11 @@ def test_an_interrupted_gathering_goes_on_where_it_was(dense: Path, kept: Path, 
     process = subprocess.Popen([sys.executable, "-c", program, str(dense), str(folder)])
     try:
         wait_until(lambda: len(list(folder.glob("*.npz"))) >= 2)
-        children = psutil.Process(process.pid).children()
-        os.kill(process.pid, signal.SIGKILL)
+        its = psutil.Process(process.pid)
+        its.suspend()  # it must not start another child while they are counted
+        wait_until(lambda: its.status() == psutil.STATUS_STOPPED)
+        children = its.children()
+        its.kill()
         wait_until(lambda: have_ended(children))
     finally:
         process.kill()

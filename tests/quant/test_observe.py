@@ -211,7 +211,7 @@ def test_a_process_that_dies_is_one_line(dense: Path) -> None:
         killed[0].kill()
 
     with pytest.raises(HomeinferError, match="the process that ran the model was killed"):
-        observe_in_process(dense, chunks(VOCAB, *[60] * 200), {"output.weight": Mode.SUM2}, 1, kill)
+        observe_in_process(dense, chunks(VOCAB, *[60] * 4000), {"output.weight": Mode.SUM2}, 1, kill)
     assert killed
     assert not observers()
 

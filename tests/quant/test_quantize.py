@@ -267,7 +267,8 @@ def test_killed_quantizer_leaves_nothing_behind(source: Path, tmp_path: Path) ->
             worker.kill()
 
     with pytest.raises(HomeinferError, match="the quantizer was killed"):
-        quantize(source, tmp_path / "small.gguf", "Q4_K_M", on_progress=kill)
+        # slow, so that it is not done before it is found
+        quantize(source, tmp_path / "small.gguf", "IQ3_S", threads=1, on_progress=kill)
     assert names(tmp_path) == []
     assert digest(source) == before
 

@@ -19,18 +19,19 @@ from tests.support.tiny_models import make_tiny_model
 ON_A_SMALL_DISK = """
 import sys
 from pathlib import Path
-from homeinfer.quant.quantize import quantize
-folder, fill = Path(sys.argv[2]), Path(sys.argv[2], "other")
+from homeinfer.quant import quantize as quantizing
+folder, fill, require_space = Path(sys.argv[2]), Path(sys.argv[2], "other"), quantizing.require_space
 
-def on_progress(at):
-    if sys.argv[3] == "half-way" and at.index == 5:
-        with fill.open("wb") as file, __import__("contextlib").suppress(OSError):
-            file.write(bytes(1 << 24))
+def and_then_another_program_fills_it(*asked):
+    require_space(*asked)
+    fill.write_bytes(bytes(3 << 20))
 
 if sys.argv[3] == "before":
     fill.write_bytes(bytes(3 << 20))
+if sys.argv[3] == "half-way":
+    quantizing.require_space = and_then_another_program_fills_it
 try:
-    quantize(sys.argv[1], folder / "small.gguf", "Q8_0", threads=1, on_progress=on_progress)
+    quantizing.quantize(sys.argv[1], folder / "small.gguf", "Q8_0", threads=1)
 finally:
     print(*sorted(path.name for path in folder.iterdir()))
 """

@@ -10,6 +10,8 @@ from pathlib import Path
 
 HOMEINFER = (sys.executable, "-c", "from homeinfer.cli.main import main; main()")
 ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+HANG_SECONDS = 240.0
+"""A command that has not ended after so long hangs: on a busy machine the slowest takes some twenty seconds."""
 
 
 def ran(*arguments: str | Path, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -24,7 +26,7 @@ def ran(*arguments: str | Path, largest_file: int | None = None) -> subprocess.C
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=HANG_SECONDS,
         env=ENVIRONMENT,
         preexec_fn=None if largest_file is None else limit,
     )

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 
@@ -30,6 +31,24 @@ def running(module: str, pid: int | None = None, *, recursive: bool = False) -> 
     return found
 
 
+def held_back(folder: Path, *modules: str) -> dict[str, str]:
+    """Environment in which processes that run these modules stop as they begin: what a test does to one comes in time,
+    however busy the machine is. folder: for what makes them do so."""
+    condition = f"if {{*sys.orig_argv}} & {set(modules)!r}:"
+    stop = f"import os, signal, sys\n{condition}\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    (folder / "sitecustomize.py").write_text(stop)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))}
+
+
+def have_stopped(processes: Iterable[psutil.Process]) -> bool:
+    """Whether there are any, and `held_back` holds them all."""
+    try:
+        states = {process.status() for process in processes}
+    except psutil.Error:
+        return False
+    return states == {psutil.STATUS_STOPPED}
+
+
 def have_ended(processes: Iterable[psutil.Process]) -> bool:
     """Whether none of them runs any more; one whose exit status nobody has taken has ended too."""
     for process in processes:
@@ -39,9 +58,9 @@ def have_ended(processes: Iterable[psutil.Process]) -> bool:
     return True
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 120, pause: float = 0.02) -> None:
     """Look again and again; AssertionError when it does not become true."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, f"not true after {seconds:.0f} seconds"
-        time.sleep(0.02)
+        time.sleep(pause)

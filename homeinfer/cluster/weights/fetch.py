@@ -268,7 +268,6 @@ class _LieError(Exception):
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except TimeoutError:
-        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):  # asyncio.wait_for would lose a cancellation at the event
+            await event.wait()

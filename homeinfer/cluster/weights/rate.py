@@ -30,7 +30,8 @@ class RateLimit:
     async def rest(self, seconds: float) -> None:
         """Let others have the link for so long, or until the limit is another one."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     async def take(self, nbytes: int) -> None:
         """Wait for one's turn to move nbytes."""
@@ -39,7 +40,4 @@ class RateLimit:
             if self._free_at <= now:
                 self._free_at = now + nbytes / self._rate
                 return
-            try:
-                await asyncio.wait_for(self._changed.wait(), self._free_at - now)
-            except TimeoutError:
-                continue
+            await self.rest(self._free_at - now)

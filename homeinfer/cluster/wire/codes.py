@@ -106,4 +106,6 @@ def _next_host(data: bytes) -> tuple[str, bytes]:
 
 
 def _is_name(name: bytes) -> bool:
-    return 1 <= len(name) <= 200 and re.fullmatch(rb"[A-Za-z0-9_]([A-Za-z0-9_.\-]*[A-Za-z0-9_])?", name) is not None
+    """Parts of up to 63 letters, digits, hyphens: Python's resolver raises UnicodeError for other lengths."""
+    parts = name.split(b".")
+    return len(name) <= 200 and all(re.fullmatch(rb"\w([\w-]{0,61}\w)?", part) for part in parts)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import psutil
 
 from homeinfer.cluster.wire.keys import DeviceKeys
+from homeinfer.cluster.wire.ledger import Ledger
 from homeinfer.cluster.wire.secure import Secure, bound_port, received, sender_key
 from homeinfer.cluster.wire.transport import new_keys
 from tests.cluster.wire.own_zmtp import MORE, OwnZmtp, dialled, raw_pair
@@ -18,6 +19,8 @@ from tests.cluster.wire.own_zmtp import MORE, OwnZmtp, dialled, raw_pair
 MOST_BYTES = 100_000
 FLOOD_BYTES = 600_000_000
 FRAME = bytes(90_000)
+_FRAMES_AT_ONCE, _BREATH_SECONDS = 10, 0.01
+"""Most of a gigabit per second: the guard is a thread as others are, and a busy machine lets it wait for some time."""
 ANYWHERE = "tcp://127.0.0.1:*"
 ENOUGH_MS = 20_000
 
@@ -30,6 +33,24 @@ class Hurt:
         self.head = secure.keys.public
         self.socket = secure.router(ANYWHERE, "test", lambda key: key == friend[0], MOST_BYTES)
         self.port = bound_port(self.socket)
+        self._seen = threading.Semaphore(0)
+        opened = self.ledger.opened
+
+        def noted(handle: int) -> None:
+            opened(handle)
+            self._seen.release()
+
+        setattr(self.ledger, "opened", noted)  # noqa: B010
+
+    @property
+    def ledger(self) -> Ledger:
+        found = getattr(self.socket, "ledger")  # noqa: B009
+        assert isinstance(found, Ledger)
+        return found
+
+    async def next_seen(self) -> None:
+        """Until the guard knows of one more connection: whose a message is that was taken before, nobody remembers."""
+        assert await asyncio.to_thread(self._seen.acquire, timeout=ENOUGH_MS / 1000)
 
     def dial(self) -> contextlib.AbstractContextManager[OwnZmtp]:
         """For another thread: the event loop answers the handshake."""
@@ -54,12 +75,23 @@ class Hurt:
         """Whether the friend, or an enemy who mends his ways, gets through."""
         hearing = asyncio.create_task(self.heard())
         await asyncio.sleep(0)
-        async with self.enemy() as peer:
+        async with contextlib.AsyncExitStack() as stack:
+            peer = await self._let_in(stack)
             peer.send(b"still there?")
             while (said := await hearing) != b"still there?":
                 assert said
                 hearing = asyncio.create_task(self.heard())
         return True
+
+    async def _let_in(self, stack: contextlib.AsyncExitStack) -> OwnZmtp:
+        """An enemy, who as every device comes again where he was cut off with what was there before."""
+        until = time.monotonic() + ENOUGH_MS / 1000
+        while True:
+            try:
+                return await stack.enter_async_context(self.enemy())
+            except OSError:
+                assert time.monotonic() < until
+                await asyncio.sleep(0.1)
 
 
 @contextlib.asynccontextmanager
@@ -89,8 +121,10 @@ class Flood:
         peer = self._peer()
         try:
             while self.sent < FLOOD_BYTES:
-                peer.send(FRAME, MORE)
-                self.sent += len(FRAME)
+                for _ in range(_FRAMES_AT_ONCE):
+                    peer.send(FRAME, MORE)
+                    self.sent += len(FRAME)
+                time.sleep(_BREATH_SECONDS)
         except OSError:
             self.is_cut_off = True
 

@@ -117,7 +117,7 @@ class OwnZmtp:
 
     def greet(self, *, as_server: bool) -> None:
         self.connection.sendall(_GREETING + bytes([as_server]) + bytes(31))
-        assert len(self._stream.read(64)) == 64
+        self._exactly(64)
 
     def message(self, payload: bytes, flags: int = 0) -> bytes:
         """An encrypted frame as it stands on the wire, to be sent in this order."""
@@ -136,10 +136,15 @@ class OwnZmtp:
         return struct.pack(">Q", self._count)
 
     def _next_frame(self) -> bytes:
-        flags = self._stream.read(1)
-        assert flags, "the other end closed the connection"
-        (length,) = struct.unpack(">Q", self._stream.read(8)) if flags[0] & 2 else self._stream.read(1)
-        return self._stream.read(length)
+        flags = self._exactly(1)
+        (length,) = struct.unpack(">Q", self._exactly(8)) if flags[0] & 2 else self._exactly(1)
+        return self._exactly(length)
+
+    def _exactly(self, n: int) -> bytes:
+        read = self._stream.read(n)
+        if len(read) < n:
+            raise ConnectionAbortedError("the other end closed the connection")
+        return read
 
     def close(self) -> None:
         self._stream.close()
