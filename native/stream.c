@@ -191,14 +191,16 @@ static void let_go(stream *self, int but) {
     pthread_cond_signal(&self->work);
 }
 
-/* As the logits of a chunk of a prompt that wants none: nothing is read for it. */
-static bool is_empty(const tensor *node) {
-    return node->ne[0] == 0 || node->ne[1] == 0 || node->ne[2] == 0 || node->ne[3] == 0;
+/* Nothing is read for the others: tokens that are looked up in graphs whose input is hidden states, and the logits of
+ * a chunk of a prompt that wants none. */
+static bool is_computed(const tensor *node) {
+    const bool is_empty = node->ne[0] == 0 || node->ne[1] == 0 || node->ne[2] == 0 || node->ne[3] == 0;
+    return (node->flags & TENSOR_COMPUTE) != 0 && !is_empty;
 }
 
 bool stream_before(stream *self, const tensor *node) {
     bool cut = false;
-    if (is_empty(node)) {
+    if (!is_computed(node)) {
         return false;
     }
     for (int i = 0; i < 10; ++i) { /* sources that are left out leave holes, as an attention mask before its sinks */

@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define TENSOR_COMPUTE 16 /* GGML_TENSOR_FLAG_COMPUTE */
+
 /* Up to its name, as ggml.h has it; engine code compares tensor_fields() with a real one. */
 typedef struct tensor {
     int type;

@@ -12,6 +12,10 @@ from homeinfer import _native
 from homeinfer.engine import runtime
 from homeinfer.errors import HomeinferError
 
+COMPUTED = 16
+"""GGML_TENSOR_FLAG_COMPUTE (native/tensor.h): a node without it is in the graph, and no work."""
+_GRAPH_BYTES = 320 << 10
+
 
 @functools.cache
 def product_operations() -> tuple[int, int]:
@@ -20,7 +24,7 @@ def product_operations() -> tuple[int, int]:
     Raises HomeinferError when a tensor of the loaded library looks otherwise than native/tap.c was compiled for.
     """
     ggml = typed_ggml()
-    with no_memory_context(ggml, 64 << 10) as context:
+    with no_memory_context(ggml, _GRAPH_BYTES) as context:
         weight = ggml.ggml_new_tensor_4d(context, 1, 7, 5, 3, 1)
         inputs = ggml.ggml_new_tensor_4d(context, 0, 7, 2, 11, 1)
         chosen = ggml.ggml_new_tensor_4d(context, 26, 2, 11, 1, 1)
@@ -32,10 +36,18 @@ def product_operations() -> tuple[int, int]:
         agrees = of_weight == (1, 0, (7, 5, 3, 1), (2, 14, 70, 210), (0, 0, 0), 0, "probe.weight")
         agrees &= (of_experts[0], *of_experts[2:5]) == (0, (5, 2, 11, 1), (4, 20, 40, 440), (weight, inputs, chosen))
         agrees &= of_dense[4][:2] == (plain, inputs)
+        agrees &= _is_marked(ggml, context, dense)
         names = [ggml.ggml_op_name(fields[1]) if agrees else b"" for fields in (of_dense, of_experts)]
     if names != [b"MUL_MAT", b"MUL_MAT_ID"]:
         raise HomeinferError("this llama.cpp has another ggml_tensor than homeinfer knows: reinstall homeinfer")
     return of_dense[1], of_experts[1]
+
+
+def _is_marked(ggml: Any, context: Any, node: int) -> bool:
+    """Whether a node is COMPUTED from when it is work of a graph."""
+    before = GgmlTensor.from_address(node).flags
+    ggml.ggml_build_forward_expand(ggml.ggml_new_graph(context), node)
+    return bool((before, GgmlTensor.from_address(node).flags) == (0, COMPUTED))
 
 
 class GgmlTensor(ctypes.Structure):

@@ -14,7 +14,7 @@ import pytest
 
 from homeinfer import _native
 from homeinfer.engine import runtime
-from homeinfer.engine.graph_nodes import GgmlTensor
+from homeinfer.engine.graph_nodes import COMPUTED, GgmlTensor
 from homeinfer.engine.streaming import SUPPORTED, check_tensor_layout
 
 PAGE = mmap.PAGESIZE
@@ -62,7 +62,7 @@ def weights(tmp_path: Path) -> Iterator[Weights]:
 
 @pytest.mark.parametrize("place", [0, 2, 9])
 def test_weights_are_waited_for_wherever_they_stand_among_the_sources(weights: Weights, place: int) -> None:
-    weight, node = GgmlTensor(data=weights.address + 16), GgmlTensor(ne=(1, 1, 1, 1), name=b"product")
+    weight, node = GgmlTensor(data=weights.address + 16), GgmlTensor(ne=(1, 1, 1, 1), flags=COMPUTED, name=b"product")
     node.src[place] = ctypes.pointer(weight)
     assert weights.is_used(node)
     assert weights.memory[:PAGE] == weights.file.read_bytes()[PAGE:]
@@ -70,6 +70,12 @@ def test_weights_are_waited_for_wherever_they_stand_among_the_sources(weights: W
 
 @pytest.mark.parametrize("n", [(0, 1, 1, 1), (7, 0, 1, 1), (7, 1, 1, 0)])
 def test_a_product_of_no_rows_needs_no_weights(weights: Weights, n: tuple[int, int, int, int]) -> None:
-    weight, node = GgmlTensor(data=weights.address + 16), GgmlTensor(ne=n, name=b"product")
+    weight, node = GgmlTensor(data=weights.address + 16), GgmlTensor(ne=n, flags=COMPUTED, name=b"product")
+    node.src[0] = ctypes.pointer(weight)
+    assert not weights.is_used(node)
+
+
+def test_what_llama_cpp_does_not_compute_needs_no_weights(weights: Weights) -> None:
+    weight, node = GgmlTensor(data=weights.address + 16), GgmlTensor(ne=(1, 1, 1, 1), name=b"tokens looked up")
     node.src[0] = ctypes.pointer(weight)
     assert not weights.is_used(node)
