@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from homeinfer.cluster.known_heads import KnownHead, forget_head, known_heads
 from homeinfer.cluster.private_file import write_private
 from homeinfer.errors import HomeinferError
 from homeinfer.folders import private_folder, state_folder
-from homeinfer.process_start import process_start
+from homeinfer.process_start import process_start, still_runs
 
 _FILE = "joined.json"
 _END_SECONDS = 30.0
@@ -27,7 +28,7 @@ class Joined(msgspec.Struct, frozen=True):
     """The process that takes part, and in whose cluster. began: its process_start."""
 
     pid: int
-    began: float
+    began: str
     head: str
 
 
@@ -36,7 +37,7 @@ def joined(folder: Path, known: KnownHead) -> Iterator[None]:
     """Says meanwhile that this process takes part. Raises HomeinferError when another one does already."""
     check_free(folder)
     path = private_folder(run_folder(folder)) / _FILE
-    mine = Joined(psutil.Process().pid, process_start(), known.key)
+    mine = Joined(os.getpid(), process_start(), known.key)
     write_private(path, mine, "the note of what takes part")
     try:
         yield
@@ -68,10 +69,9 @@ def joined_now(folder: Path) -> Joined | None:
     """The process that takes part, None when there is none."""
     try:
         found = msgspec.json.decode((run_folder(folder) / _FILE).read_bytes(), type=Joined)
-        is_it = abs(process_start(found.pid) - found.began) < 1
-    except (OSError, msgspec.MsgspecError, psutil.Error, UnicodeDecodeError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    return found if is_it else None
+    return found if still_runs(found.pid, found.began) else None
 
 
 def joined_head(folder: Path) -> str | None:
@@ -119,15 +119,11 @@ def _end(running: Joined) -> None:
         )
 
 
-def has_ended(pid: int, began: float, seconds: float) -> bool:
+def has_ended(pid: int, began: str, seconds: float) -> bool:
     """Whether a process ends within so many seconds; one that its parent has not looked after counts as ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        try:
-            process = psutil.Process(pid)
-            if abs(process_start(pid) - began) >= 1 or process.status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
+        if not still_runs(pid, began):
             return True
         time.sleep(0.05)
     return False

@@ -60,9 +60,7 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changed:
-            self._add(self._stop)
-            self._settle(_LAST_PATIENCE)
+        self.pause(_LAST_PATIENCE)
 
     def show(self, view: RenderableType) -> None:
         """Put this in the view's place."""
@@ -74,11 +72,12 @@ class Screen:
                 self._is_drawn = False
                 self._add(self._draw)
 
-    def pause(self) -> None:
-        """Take the view off the screen, for a question or for good."""
+    def pause(self, patience: float | None = None) -> None:
+        """Take the view off the screen, for a question or for good. patience: seconds, also for one that stands
+        still."""
         with self._changed:
             self._add(self._stop)
-            self._settle()
+            self._settle(patience)
 
     def say(self, what: RenderableType | str, end: str = "\n") -> None:
         """A line, or more, that stays."""

@@ -68,7 +68,7 @@ class Agent:
         if not self._options.hosts:
             raise HomeinferError("no address of the head is known here: join again with a code")
         state = private_folder(Path(self._options.state) if self._options.state else state_folder())
-        async with only_agent(state, self._options.patience):
+        async with only_agent(state, self._options.patience, self._stopping):
             keys = own_keys(state)
             secure = Secure(keys)
             try:

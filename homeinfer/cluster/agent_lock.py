@@ -19,9 +19,9 @@ _LOOK_SECONDS = 0.1
 
 
 @contextlib.asynccontextmanager
-async def only_agent(state: Path, patience: float = 0.0) -> AsyncIterator[None]:
+async def only_agent(state: Path, patience: float, stopping: asyncio.Event) -> AsyncIterator[None]:
     """While this is open, no other agent runs with this state folder. Raises HomeinferError when one still does after
-    `patience` seconds."""
+    `patience` seconds, or when this one is `stopping`."""
     path = private_folder(state) / _FILE
     try:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+")
@@ -30,7 +30,7 @@ async def only_agent(state: Path, patience: float = 0.0) -> AsyncIterator[None]:
     with file:
         deadline = time.monotonic() + patience
         while not _lock(file):
-            if time.monotonic() < deadline:
+            if time.monotonic() < deadline and not stopping.is_set():
                 await asyncio.sleep(_LOOK_SECONDS)
                 continue
             pid = running_agent(state)

@@ -60,7 +60,8 @@ class Tasks:
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks until they have ended: asyncio.wait_for loses a cancellation that comes when it has its result."""
+    """Cancel tasks until they have ended: asyncio.wait_for, where a library uses it, loses a cancellation that comes
+    when it has its result."""
     pending = {task for task in tasks if not task.done()}
     while pending:
         for task in pending:

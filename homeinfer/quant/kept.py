@@ -17,11 +17,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import platformdirs
-import psutil
 
 from homeinfer.errors import HomeinferError
 from homeinfer.model.records import Header, printable
-from homeinfer.process_start import process_start
+from homeinfer.process_start import process_start, still_runs
 
 _REGION: Final = 64 << 20
 _BLOCK: Final = 4 << 20
@@ -97,7 +96,7 @@ def in_use(folder: Path) -> Iterator[Path]:
     mark = folder / _USERS / f"{os.getpid()}-{secrets.token_hex(4)}"
     try:
         mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.write_text(str(process_start()))
+        mark.write_text(process_start())
         os.utime(folder)
     except OSError as error:
         raise HomeinferError(
@@ -139,10 +138,8 @@ def _is_used(folder: Path) -> bool:
 def _is_alive(mark: Path) -> bool:
     """A mark's process; another that got its number later does not count."""
     try:
-        return abs(process_start(int(mark.name.partition("-")[0])) - float(mark.read_text())) < 1
-    except psutil.AccessDenied:
-        return True
-    except (psutil.NoSuchProcess, ValueError, OSError):
+        return still_runs(int(mark.name.partition("-")[0]), mark.read_text())
+    except (ValueError, OSError):
         return False
 
 

@@ -62,13 +62,14 @@ class Chat(Terminal):
 
     def press_until_seen(self, keys: str, pattern: str) -> None:
         """Type keys, again where a busy machine took two Ctrl-C for one."""
-        while True:
+        for _ in range(18):
             self.type(keys)
             deadline = time.monotonic() + 10
             while time.monotonic() < deadline:
                 if re.search(pattern, self.text):
                     return
                 time.sleep(0.02)
+        raise AssertionError(f"{pattern} was not seen: {self.text[-2000:]}")
 
     def left(self) -> int:
         """Wait for the end: the exit code. The terminal must be as it was before."""

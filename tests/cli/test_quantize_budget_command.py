@@ -17,7 +17,7 @@ import pytest
 from homeinfer.quant.dynamic import DynamicResult
 from tests.quant.talking_model import write_talking_model, write_text
 from tests.support.commands import HANG_SECONDS
-from tests.support.processes import have_stopped, held_back, running, wait_until
+from tests.support.processes import have_ended, have_stopped, held_back, killed_at_the_end, running, wait_until
 
 HOMEINFER = [sys.executable, "-c", "from homeinfer.cli.main import main; main()", "quantize"]
 OBSERVER = "homeinfer.quant.observer_process"
@@ -81,12 +81,15 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, text: Path, tmp_path: Path, s
         command(model, out, text, "--bpw", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(None if stage == "evaluator" else kept, **held), start_new_session=True,
     )  # fmt: skip
-    if stage == "errors":
-        wait_until(lambda: any(kept.rglob("errors.jsonl")), pause=0.003)
-    else:
-        wait_until(lambda: have_stopped(running(child, process.pid)))
-    os.killpg(process.pid, signal.SIGINT)
-    told, said = process.communicate(timeout=HANG_SECONDS)
+    with killed_at_the_end(process):
+        if stage == "errors":
+            wait_until(lambda: any(kept.rglob("errors.jsonl")), pause=0.003)
+        else:
+            wait_until(lambda: have_stopped(running(child, process.pid)))
+        children = running(child, process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        told, said = process.communicate(timeout=HANG_SECONDS)
+    wait_until(lambda: have_ended(children))
     assert (process.returncode, told, said) == (130, "", "homeinfer: interrupted: nothing was written\n")
     assert list(out.iterdir()) == []
     assert not list(kept.rglob("*.partial"))
@@ -99,10 +102,11 @@ def test_a_killed_child_is_one_line(model: Path, text: Path, tmp_path: Path) -> 
         command(model, out, text, "--bpw", "5"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(kept, **held_back(tmp_path, OBSERVER)),
     )  # fmt: skip
-    wait_until(lambda: have_stopped(running(OBSERVER, process.pid)))
-    for child in running(OBSERVER, process.pid):
-        child.kill()
-    told, said = process.communicate(timeout=HANG_SECONDS)
+    with killed_at_the_end(process):
+        wait_until(lambda: have_stopped(running(OBSERVER, process.pid)))
+        for child in running(OBSERVER, process.pid):
+            child.kill()
+        told, said = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, told, said.count("\n")) == (1, "", 1)
     assert "the process that ran the model was killed" in said
     assert list(out.iterdir()) == []

@@ -16,7 +16,7 @@ from homeinfer.quant.recipes import RECIPES
 from tests.cli.conftest import Homeinfer
 from tests.quant.f16_model import write_f16_model
 from tests.support.commands import ENVIRONMENT, HANG_SECONDS, HOMEINFER, ran
-from tests.support.processes import have_ended, have_stopped, held_back, running, wait_until
+from tests.support.processes import have_ended, have_stopped, held_back, killed_at_the_end, running, wait_until
 from tests.support.tiny_models import make_tiny_model
 
 SLOW = ("--recipe", "IQ3_S", "--threads", "1")
@@ -244,9 +244,10 @@ def test_ctrl_c_before_anything_is_written_leaves_nothing_behind(
         started[:] = running(child, process.pid)
         return have_stopped(started)
 
-    wait_until(has_started)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=HANG_SECONDS)
+    with killed_at_the_end(process):
+        wait_until(has_started)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, out) == (130, "")
     assert err == "homeinfer: interrupted: nothing was written\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["temp", "text.txt"]

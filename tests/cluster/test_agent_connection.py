@@ -47,7 +47,7 @@ def test_a_head_with_another_key_hears_nothing_and_the_user_a_clear_line(tmp_pat
             other = own_keys(private_folder(tmp_path / "other")).public
             options = msgspec.structs.replace(agent_options(head, tmp_path / "desk"), key=other)
             async with an_agent(options) as (_, events):
-                reason = await complaint(events, "doesn't answer this device")
+                reason = await complaint(events, "another head runs there")
                 assert "join again with a new code" in reason
             assert head.heard == []
 
@@ -60,7 +60,7 @@ def test_a_device_that_is_not_registered_hears_nothing(tmp_path: Path, monkeypat
     async def test() -> None:
         async with a_head(tmp_path / "head", is_allowed=lambda _key: False) as head:
             async with an_agent(agent_options(head, tmp_path / "desk")) as (_, events):
-                await complaint(events, "doesn't answer this device")
+                await complaint(events, "it has forgotten this device")
             assert head.heard == []
 
     asyncio.run(asyncio.wait_for(test(), 60))

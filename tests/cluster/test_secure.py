@@ -74,7 +74,10 @@ class Home:
         """Whether one who has come is known by name: the first message may be faster than the news of its connection,
         then the next one tells."""
         ledger = cast(_Counted, self.socket).ledger
-        return ledger is not None and any(each.key for each in ledger._going_on())
+        if ledger is None:
+            return False
+        with ledger._lock:
+            return any(each.key for each in ledger._going_on())
 
     async def heard(self, patience_ms: int = ENOUGH_MS) -> list[bytes] | None:
         """The next message without its routing id."""

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import pytest
 
 from homeinfer.cluster.wire.messages import Cancel, decode, encode
 from homeinfer.cluster.wire.transport import Keys, Links, Peer, new_keys, send
 from homeinfer.errors import HomeinferError
+from tests.support.links import next_of
 
 ANYWHERE = "tcp://127.0.0.1:*"
 NOTHING_BUT_TIME = 600
@@ -119,11 +119,6 @@ def test_whoever_is_allowed_later_gets_through_without_anybody_waiting(listener:
         assert [decode(next_of(links))[0] for _ in range(5)] == [Cancel(1, step, 3) for step in range(5)]
         other.send(peer, encode(Cancel(4, 5, 6)))
         assert decode(next_of(links))[0] == Cancel(4, 5, 6)
-
-
-def next_of(links: Links) -> list[Any]:
-    """The next message, however long a busy machine needs for it; who was refused tries again a few times a second."""
-    return next(frames for frames in (links.receive() for _ in range(50)) if frames is not None)
 
 
 def test_a_connection_that_was_allowed_once_is_not_heard_any_more(

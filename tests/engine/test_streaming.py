@@ -104,9 +104,9 @@ def resident(streamer: Streamer) -> int:
 def until(condition: Callable[[], bool]) -> bool:
     """Whether it comes true within a minute."""
     end = time.monotonic() + 60
-    while not condition() and time.monotonic() < end:
+    while not (is_true := condition()) and time.monotonic() < end:
         time.sleep(0.005)
-    return condition()
+    return is_true
 
 
 def test_streaming_changes_no_bit_and_stays_within_its_buffer(
@@ -165,7 +165,9 @@ def test_it_reads_ahead_before_and_between_steps(specs: list[WindowSpec], opened
     assert streamer.streamed_bytes > 40 << 20
     assert until(lambda: streamer.counts().held_bytes > almost)
     waits: list[int] = []
-    while len(waits) < 3 or (min(waits) >= 10 and len(waits) < 30):  # a disk that stalled has only seemed to be done
+    while len(waits) < 3 or (
+        min(waits[1:]) >= 10 and len(waits) < 30
+    ):  # a disk that stalled has only seemed to be done
         assert until(lambda: resident(streamer) > almost and reads_nothing(streamer))
         before = streamer.counts()
         rows, positions, sequences, wanted = step(len(waits))
@@ -173,7 +175,7 @@ def test_it_reads_ahead_before_and_between_steps(specs: list[WindowSpec], opened
         waits.append(streamer.counts().waits - before.waits)
         windows[1].forward(hidden, positions, sequences, wanted)
         assert streamer.counts().read_bytes > before.read_bytes
-    assert min(waits) < 10  # of its 56 tensors
+    assert min(waits[1:]) < 10  # of its 56 tensors
 
 
 def test_a_larger_buffer_reads_less(specs: list[WindowSpec], opened: Open) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -47,6 +48,20 @@ def have_stopped(processes: Iterable[psutil.Process]) -> bool:
     except psutil.Error:
         return False
     return states == {psutil.STATUS_STOPPED}
+
+
+@contextlib.contextmanager
+def killed_at_the_end(process: subprocess.Popen[str]) -> Iterator[None]:
+    """What a failed test leaves of a command, with those it started, which may be held back for ever."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            top = psutil.Process(process.pid)
+            for each in (*top.children(recursive=True), top):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.communicate()
 
 
 def have_ended(processes: Iterable[psutil.Process]) -> bool:

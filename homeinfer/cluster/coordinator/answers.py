@@ -149,12 +149,12 @@ class Answers:
     def serve(self, ring: RingClient, n_vocab: int, patience: Patience) -> None:
         """The ring is ready."""
         self._ring, self._n_vocab, self._patience = ring, n_vocab, patience
-        self.speed.other_ring()
         self._start()
 
     def halt(self) -> None:
         """The ring is of no use: what it was asked for waits for the next one."""
         ring, self._ring = self._ring, None
+        self.speed.other_ring()
         if ring is not None:
             ring.drop()
 

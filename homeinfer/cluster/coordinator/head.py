@@ -45,8 +45,9 @@ from homeinfer.model.header import Header, read_header
 from homeinfer.process_start import process_start
 
 _LONGEST_PATH = 100
-_LEAVING_SECONDS = 60.0
-"""The agent of a head that was killed ends with it, but not at once: it ends a large engine, on a busy machine."""
+_LEAVING_SECONDS = 15.0
+"""The agent of a head that was killed ends with it, but not at once: it ends a large engine, on a busy machine. Less
+than the life of an agent that counts as a long one (own_agent): whoever never ends is said."""
 _PROBED_BYTES = 1 << 18
 """The larger message by which links are timed: 26 of them take 11 s at 5 Mbit/s."""
 

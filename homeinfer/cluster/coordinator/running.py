@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from homeinfer.cluster.private_file import write_private
-from homeinfer.process_start import process_start
+from homeinfer.process_start import still_runs
 
 _FOLDER, _FILE = "run", "cluster.json"
 
@@ -18,7 +17,7 @@ class RunningCluster(msgspec.Struct, frozen=True):
     `key` is the server's, and only this device's own keys get in). began: the process's process_start."""
 
     pid: int
-    began: float
+    began: str
     address: str
     key: str
     model_path: str
@@ -34,11 +33,9 @@ def running_cluster(folder: Path) -> RunningCluster | None:
     """The cluster of a state folder, or None when none runs (one that was killed has left its file, and counts not)."""
     try:
         found = msgspec.json.decode((run_folder(folder) / _FILE).read_bytes(), type=RunningCluster)
-        process = psutil.Process(found.pid)
-        is_it = abs(process_start(found.pid) - found.began) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, msgspec.MsgspecError, psutil.Error, UnicodeDecodeError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
-    return found if is_it else None
+    return found if still_runs(found.pid, found.began) else None
 
 
 def was_killed(folder: Path) -> bool:

@@ -23,13 +23,16 @@ def disk_share(report: PlanReport, name: str, rates: Rates) -> float:
 
 
 def slowdown(report: PlanReport, device: DeviceView, rates: Rates) -> float | None:
-    """How many times as long as planned a device computes for a token: a little less where the plan is for several
-    answers at once. None while too few tokens were alone, for a device that was not measured here, and for one that
-    reads for each token, where llama.cpp waits for the disk within what it computes."""
+    """How many times as long as planned a device computes for a token. None while too few tokens were alone, for a
+    device that was not measured here or has streamed layers (llama.cpp waits for the disk within what it computes),
+    and where the plan is for several answers at once."""
     planned, profile = planned_device(report, device.name), device.profile
-    if planned is None or planned.read_bytes or profile is None or device.is_given or rates.computing_ms is None:
+    if planned is None or profile is None or device.is_given or rates.computing_ms is None:
         return None
-    runs = sum(len(window.window().runs()) for window in report.windows if window.device == device.name)
+    windows = [window for window in report.windows if window.device == device.name]
+    if report.workload.sequences > 1 or any(window.streamed_layers for window in windows):
+        return None
+    runs = sum(len(window.window().runs()) for window in windows)
     predicted = planned.cause.compute_ms + profile.window_ms * runs
     return rates.computing_ms / predicted if predicted else None
 

@@ -8,7 +8,7 @@ from homeinfer.cluster.planning.shape import ModelShape
 
 def prompt_stream(shape: ModelShape, stream: Stream, n_chunks: int) -> Stream:
     """The reads of all chunks, one after the other. Only the last one has use for an output matrix; since those before
-    did without it, it is not read ahead, but when it is asked for (native/stream.c)."""
+    did without it, it is not read ahead, but when it is asked for (native/stream_reader.c)."""
     if n_chunks == 1 or stream.layers[-1] != len(shape.layers):
         return stream
     layers, sizes, read = stream.layers[:-1], stream.sizes[:-1], stream.read[:-1]

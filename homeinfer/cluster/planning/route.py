@@ -139,7 +139,7 @@ def route(
     n_rows: int,
 ) -> list[Stage]:
     """The stages of a step of n_tokens, n_rows of which get logits. Where none does, the output matrix is not read
-    (engine/output_rows.py; is_empty in native/stream.c)."""
+    (engine/output_rows.py; is_computed in native/stream.c)."""
     stages: list[Stage] = []
     before = ""
     items = {name: 0 for name, way in streamed.items() if way.stream is not None}

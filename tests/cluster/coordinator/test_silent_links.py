@@ -105,7 +105,7 @@ def test_a_device_that_accuses_one_after_the_other_loses_its_own_place() -> None
     assert first not in ("box", "desk")
     assert slanderer.accuse() == "box"
     world = slanderer.world
-    assert any(note.startswith("box can't reach ") and f"{first}" in note for note in world.notes)
+    assert any(note.startswith("box can't reach ") and first in note for note in world.notes)
     world.run(100)
     assert world.ring() == set(HOME) - {"box"}
     world.run(20)

@@ -75,7 +75,10 @@ def test_a_device_is_compared_with_what_the_plan_says_of_its_layers() -> None:
     assert slowdown(report, desk, ms) == pytest.approx(2.0)  # two windows, 0.2 ms for each
     assert slowdown(report, box, ms) == pytest.approx(20 / 9.8)
     assert slowdown(report, box, Rates()) is None
-    assert slowdown(changed(report, read_bytes=1), box, ms) is None
+    streamed = tuple(msgspec.structs.replace(window, streamed_layers=1) for window in report.windows)
+    assert slowdown(msgspec.structs.replace(report, windows=streamed), box, ms) is None
+    four = msgspec.structs.replace(report.workload, sequences=4)
+    assert slowdown(msgspec.structs.replace(report, workload=four), box, ms) is None
     assert slowdown(report, msgspec.structs.replace(box, is_given=True), ms) is None
     assert slowdown(report, msgspec.structs.replace(box, name="pod"), ms) is None
 

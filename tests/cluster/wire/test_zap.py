@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from homeinfer.cluster.wire.zap import ASKED_AT, ask_at_door
 from homeinfer.errors import HomeinferError
 from homeinfer.profiling.hops import sweep_memory
 from tests.cluster.wire.own_zmtp import dialled, heard_by_a_stranger, listening, raw_pair, zmtp_frame
+from tests.support.links import next_of
 
 ANYWHERE = "tcp://127.0.0.1:*"
 PATIENCE_SECONDS = 20
@@ -36,14 +36,6 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-def waited_for(links: Links) -> list[Any]:
-    """The next message, whatever the patience of these links is."""
-    until = time.monotonic() + PATIENCE_SECONDS
-    while (frames := links.receive()) is None:
-        assert time.monotonic() < until
-    return frames
-
-
 def test_a_ring_says_nothing_to_a_stranger() -> None:
     own, friend = new_keys(), new_keys()
     with closing(Links(ANYWHERE, Keys(*own, (friend[0],)), max_bytes=MOST, patience_ms=NOTHING_BUT_TIME_MS)) as links:
@@ -51,7 +43,7 @@ def test_a_ring_says_nothing_to_a_stranger() -> None:
         assert links.receive() is None
         with dialled(port_of(links.address), raw_pair(*friend), own[0], b"PUSH") as peer:
             peer.send(MESSAGE)
-            assert decode(waited_for(links))[0] == Cancel(1, 2, 3)
+            assert decode(next_of(links))[0] == Cancel(1, 2, 3)
 
 
 def test_who_is_allowed_from_now_on_is_let_in_and_who_was_before_is_told_nothing() -> None:
