@@ -201,10 +201,8 @@ def cluster(folder: Path, options: ClusterOptions) -> Iterator[TestCluster]:
         assert not left, left
 
 
-@contextlib.contextmanager
-def desk_and_box(model: Path, box_rate: float = 10e9, **changes: object) -> Iterator[TestCluster]:
-    """A head and a device that serve, in a folder of their own. changes: of the options."""
-    folder = Path(tempfile.mkdtemp(prefix="hi-test-"))
+def of_two(model: Path, **changes: object) -> ClusterOptions:
+    """Options of a head that waits for one device, both of one thread and on this host. changes: of these."""
     options = ClusterOptions(
         model=str(model),
         name="desk",
@@ -213,12 +211,19 @@ def desk_and_box(model: Path, box_rate: float = 10e9, **changes: object) -> Iter
         n_ctx=256,
         threads=1,
         n_batch=64,
-        profiles=(profile(model, "desk"), profile(model, "box", rate=box_rate)),
         announces=False,
         opens_code=False,
     )
+    return msgspec.structs.replace(options, **changes)
+
+
+@contextlib.contextmanager
+def desk_and_box(model: Path, box_rate: float = 10e9, **changes: object) -> Iterator[TestCluster]:
+    """A head and a device that serve, in a folder of their own. changes: of the options."""
+    folder = Path(tempfile.mkdtemp(prefix="hi-test-"))
+    profiles = (profile(model, "desk"), profile(model, "box", rate=box_rate))
     try:
-        with cluster(folder, msgspec.structs.replace(options, **changes)) as made:
+        with cluster(folder, of_two(model, **{"profiles": profiles, **changes})) as made:
             made.up()
             made.join("box")
             made.ready(2)

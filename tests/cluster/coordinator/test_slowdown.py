@@ -13,7 +13,6 @@ from homeinfer.cli.cluster_bench import measure, show
 from homeinfer.cli.cluster_view import remarks, slow_line
 from homeinfer.cluster.coordinator.answer_rules import is_plain_step
 from homeinfer.cluster.coordinator.kept import HeadFiles
-from homeinfer.cluster.coordinator.options import ClusterOptions
 from homeinfer.cluster.coordinator.show import slowdown
 from homeinfer.cluster.coordinator.speed import ENOUGH, Rates, Speed
 from homeinfer.cluster.plan_files import header_digest
@@ -24,7 +23,7 @@ from homeinfer.cluster.wire.client import DeviceStatus
 from homeinfer.cluster.wire.keys import own_keys
 from homeinfer.cluster.wire.messages import Spent
 from homeinfer.model.header import read_header
-from tests.cluster.coordinator.homes import TestCluster, cluster, profile
+from tests.cluster.coordinator.homes import TestCluster, cluster, of_two, profile
 from tests.cluster.coordinator.world import running
 
 
@@ -96,19 +95,8 @@ def test_only_a_device_that_is_much_slower_is_worth_a_line() -> None:
 def remembered(smollm2_path: Path, temp_folder: Path) -> Iterator[TestCluster]:
     """A cluster whose devices were measured before: desk when it was a hundred times slower than any is, box when it
     took no time at all."""
-    options = ClusterOptions(
-        model=str(smollm2_path),
-        name="desk",
-        host="127.0.0.1",
-        devices=2,
-        n_ctx=128,
-        threads=1,
-        n_batch=64,
-        announces=False,
-        opens_code=False,
-    )
     digest = header_digest(read_header(smollm2_path))
-    with cluster(temp_folder, options) as made:
+    with cluster(temp_folder, of_two(smollm2_path, n_ctx=128)) as made:
         files, states = HeadFiles(made.head.state), (made.head.state, temp_folder / "box" / "state")
         for state, name, rate, other in zip(states, ("desk", "box"), (1e8, 1e14), ("box", "desk"), strict=True):
             known = profile(smollm2_path, name, rate=rate)
